@@ -1,0 +1,117 @@
+"""Fourier transforms of images: frequencies, direct sums and non-uniform sampling.
+
+Conventions: `M(k) = sum_p m(p) exp(-2 pi i k.p)` with p in pixels (y, x) and k in cycles per pixel, as in
+`numpy.fft`. Images are (..., y, x); spectra of real images are stored for `kx >= 0` only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.fft
+import scipy.special
+
+WINDOW_WIDTH = 6
+"""Grid points a side of the Kaiser-Bessel window; with a grid twice oversampled its error is about 2e-6."""
+OVERSAMPLING = 2.0
+"""Grid points per Nyquist sample in non-uniform sampling."""
+
+
+def fast_length(length: int) -> int:
+    """Return the smallest length >= `length` whose real Fourier transform is fast."""
+    return int(scipy.fft.next_fast_len(max(1, int(length)), real=True))
+
+
+def half_plane_weights(width: int) -> np.ndarray:
+    """Return how often each stored `kx >= 0` mode of a real image of `width` columns counts: 1 or 2."""
+    weights = np.full(width // 2 + 1, 2.0)
+    weights[0] = 1.0
+    if width % 2 == 0:
+        weights[-1] = 1.0
+    return weights
+
+
+def sample_spectrum(image: np.ndarray, ky: np.ndarray, kx: np.ndarray, origin=(0.0, 0.0), spacing: float = 1.0):
+    """Evaluate the Fourier transform of an image's samples on a rectangle of frequencies, exactly.
+
+    Parameters
+    ----------
+    image : array, shape (..., y, x)
+        Samples at pixels n = 0, 1, ...
+    ky, kx : arrays, shape (K,) and (L,)
+        Frequencies, cycles per unit length.
+    origin : (float, float)
+        Pixel position (y, x) taken as zero phase.
+    spacing : float
+        Length of a pixel, in the unit of 1/ky.
+
+    Returns
+    -------
+    array, shape (..., K, L), complex
+        `sum_n image(n) exp(-2 pi i (ky y_n + kx x_n))` with `y_n = (n_y - origin_y) spacing`.
+    """
+    y = (np.arange(image.shape[-2]) - origin[0]) * spacing
+    x = (np.arange(image.shape[-1]) - origin[1]) * spacing
+    left = np.exp(-2j * np.pi * np.outer(ky, y))
+    right = np.exp(-2j * np.pi * np.outer(x, kx))
+    return left @ image @ right
+
+
+def window_beta(width: int = WINDOW_WIDTH, oversampling: float = OVERSAMPLING) -> float:
+    """Return the shape parameter of the Kaiser-Bessel window (Beatty et al. 2005, eq. 5, doi:10.1109/TMI.2005.848376)."""
+    return float(np.pi * np.sqrt((width / oversampling) ** 2 * (oversampling - 0.5) ** 2 - 0.8))
+
+
+def window_transform(frequency: np.ndarray) -> np.ndarray:
+    """Return the Fourier transform of the Kaiser-Bessel window at `frequency` (cycles per grid point)."""
+    root = np.emath.sqrt(window_beta() ** 2 - (np.pi * WINDOW_WIDTH * np.asarray(frequency)) ** 2)
+    small = np.abs(root) < 1e-8
+    root = np.where(small, 1.0, root)
+    return WINDOW_WIDTH * np.where(small, 1.0, np.sinh(root) / root).real / scipy.special.i0(window_beta())
+
+
+def window_weights(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the grid points under the window and its values there.
+
+    Parameters
+    ----------
+    position : array, shape (...)
+        Coordinates in grid points.
+
+    Returns
+    -------
+    first : array of int, shape (...)
+        First of the `WINDOW_WIDTH` neighbouring grid points (may be negative: wrap around).
+    weights : array, shape (..., WINDOW_WIDTH)
+        The window at each.
+    """
+    first = np.floor(position).astype(int) - WINDOW_WIDTH // 2 + 1
+    distance = first[..., None] + np.arange(WINDOW_WIDTH) - position[..., None]
+    inside = np.maximum(0.0, 1 - (2 * distance / WINDOW_WIDTH) ** 2)
+    beta = window_beta()
+    return first, scipy.special.i0(beta * np.sqrt(inside)) / scipy.special.i0(beta) * (inside > 0)
+
+
+def sample_spectrum_nonuniform(image: np.ndarray, ky: np.ndarray, kx: np.ndarray, origin=(0.0, 0.0), spacing=1.0):
+    """Evaluate the Fourier transform of an image's samples at scattered frequencies (type-2 non-uniform FFT).
+
+    As `sample_spectrum`, but `ky` and `kx` have one shape (...,) and the result has shape (leading of image, ...).
+    Accurate to about 2e-6 of the largest value; the cost doesn't grow with image size times number of frequencies.
+    """
+    shape = tuple(fast_length(int(np.ceil(OVERSAMPLING * n))) for n in image.shape[-2:])
+    middle = tuple(n // 2 for n in image.shape[-2:])
+    padded = np.zeros((*image.shape[:-2], *shape))
+    correction = [
+        window_transform((np.arange(n) - m) / s) for n, m, s in zip(image.shape[-2:], middle, shape, strict=True)
+    ]
+    padded[..., : image.shape[-2], : image.shape[-1]] = image / np.outer(*correction)
+    grid = scipy.fft.fft2(np.roll(padded, (-middle[0], -middle[1]), axis=(-2, -1)))
+    (first_y, weight_y), (first_x, weight_x) = (
+        window_weights(k * spacing * s) for k, s in ((ky, shape[0]), (kx, shape[1]))
+    )
+    offsets = np.arange(WINDOW_WIDTH)
+    rows = (first_y[..., None] + offsets) % shape[0]
+    columns = (first_x[..., None] + offsets) % shape[1]
+    values = grid[..., rows[..., :, None], columns[..., None, :]]
+    sampled = np.einsum("...ab,...a,...b->...", values, weight_y, weight_x)
+    phase = (ky * (origin[0] - middle[0]) + kx * (origin[1] - middle[1])) * spacing
+    return sampled * np.exp(2j * np.pi * phase)

@@ -1,0 +1,166 @@
+"""Morphologies: how the light of a component is spread over model pixels, normalised to unit total."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro.distributions import constraints
+
+from scenefit.model.parameters import unit_disk
+
+HALF_LIGHT_PER_SIGMA = float(np.sqrt(2 * np.log(2)))
+"""Half-light radius of a Gaussian in units of its standard deviation."""
+STAMP_FLUX_TOLERANCE = 1e-5
+"""Fraction of a profile's flux that may fall outside its stamp."""
+
+
+class AbstractMorphology(eqx.Module):
+    """Shape of a component on the model frame, already convolved with the model PSF.
+
+    Class attributes
+    ----------------
+    constraints : dict
+        numpyro constraint of every parameter, by field name. Fields that aren't listed aren't parameters.
+    """
+
+    constraints: ClassVar[dict[str, constraints.Constraint]]
+
+    @abstractmethod
+    def evaluate(
+        self, y: Float[Array, " h"], x: Float[Array, " w"], psf_sigma: Float[Array, ""]
+    ) -> Float[Array, "h w"]:
+        """Evaluate on a grid of pixels.
+
+        Parameters
+        ----------
+        y, x : arrays, shape (h,) and (w,)
+            Pixel coordinates relative to the source's centre.
+        psf_sigma : float
+            Standard deviation of the Gaussian model PSF, pixels.
+
+        Returns
+        -------
+        array, shape (h, w)
+            Flux per pixel; sums to 1 over an infinite grid.
+        """
+
+    @abstractmethod
+    def radius(self, psf_sigma: float) -> float:
+        """Return the half-size, in pixels, of a stamp that holds all but `STAMP_FLUX_TOLERANCE` of the flux."""
+
+
+class PointMorphology(AbstractMorphology):
+    """A point: the model PSF itself, `exp(-r^2 / 2 sigma^2) / (2 pi sigma^2)`."""
+
+    constraints: ClassVar = {}
+
+    def evaluate(self, y, x, psf_sigma):  # noqa: D102
+        return _gaussian(y, x, psf_sigma**2, psf_sigma**2, 0.0)
+
+    def radius(self, psf_sigma: float) -> float:  # noqa: D102
+        return psf_sigma * _TRUNCATION
+
+
+class GaussianMorphology(AbstractMorphology):
+    """An elliptical Gaussian.
+
+    Parameters
+    ----------
+    half_light_radius : float
+        Radius, in model pixels, of the ellipse that holds half the light, before the PSF: the geometric mean of its
+        semi-axes. (The semi-major axis is `half_light_radius / sqrt(q)`; it isn't smooth where q = 1.)
+    ellipticity : array, shape (2,)
+        `(1 - q^2) / (1 + q^2) * (cos 2 theta, sin 2 theta)` with axis ratio q and theta counter-clockwise from +x.
+    """
+
+    half_light_radius: np.ndarray | Array
+    ellipticity: np.ndarray | Array
+    constraints: ClassVar = {"half_light_radius": constraints.positive, "ellipticity": unit_disk}
+
+    def __init__(self, half_light_radius, ellipticity=(0.0, 0.0)):
+        self.half_light_radius = _as_array(half_light_radius, ())
+        self.ellipticity = _as_array(ellipticity, (2,))
+
+    def evaluate(self, y, x, psf_sigma):  # noqa: D102
+        xx, yy, xy = _second_moments(self.half_light_radius / HALF_LIGHT_PER_SIGMA, self.ellipticity)
+        return _gaussian(y, x, yy + psf_sigma**2, xx + psf_sigma**2, xy)
+
+    def radius(self, psf_sigma: float) -> float:  # noqa: D102
+        norm = float(np.hypot(*np.asarray(self.ellipticity)))
+        major = float(self.half_light_radius) / HALF_LIGHT_PER_SIGMA * ((1 + norm) / (1 - norm)) ** 0.25
+        return float(np.hypot(major, psf_sigma) * _TRUNCATION)
+
+
+class PixelMorphology(AbstractMorphology):
+    """A free image of non-negative model pixels, as it appears through the model PSF; scaled to unit sum.
+
+    Parameters
+    ----------
+    image : array, shape (h, w)
+        Flux per model pixel.
+    anchor : (int, int), optional
+        Pixel (y, x) of the image that lies on the model pixel nearest to the source's centre; its middle by default.
+
+    Raises
+    ------
+    ValueError
+        If the image isn't two-dimensional, not finite or sums to nothing.
+    """
+
+    image: np.ndarray | Array
+    anchor: tuple[int, int] = eqx.field(static=True)
+    constraints: ClassVar = {"image": constraints.nonnegative}
+
+    def __init__(self, image, anchor: tuple[int, int] | None = None):
+        image = np.asarray(image, dtype=float)
+        if image.ndim != 2 or not np.isfinite(image).all() or not image.sum() > 0:
+            raise ValueError(
+                f"PixelMorphology wants a finite image (y, x) with a positive sum; got shape {image.shape}"
+                + (f", sum {image.sum():.3g}." if image.ndim == 2 else ".")
+            )
+        self.image = image / image.sum()
+        self.anchor = (image.shape[0] // 2, image.shape[1] // 2) if anchor is None else (int(anchor[0]), int(anchor[1]))
+
+    def evaluate(self, y, x, psf_sigma):  # noqa: D102
+        return jnp.asarray(self.image)
+
+    def padded(self, shape: tuple[int, int], offset: tuple[int, int]) -> PixelMorphology:
+        """Return the image placed at rows and columns `offset` onwards of a larger stamp of zeros."""
+        image = np.zeros(shape)
+        height, width = self.image.shape
+        image[offset[0] : offset[0] + height, offset[1] : offset[1] + width] = self.image
+        return PixelMorphology(image, anchor=(0, 0))
+
+    def radius(self, psf_sigma: float) -> float:  # noqa: D102
+        return max(self.image.shape) / 2
+
+
+_TRUNCATION = float(np.sqrt(-2 * np.log(STAMP_FLUX_TOLERANCE)))
+
+
+def _as_array(value, shape):
+    """Return a parameter as an array of the given shape."""
+    value = value if isinstance(value, Array) else np.asarray(value, dtype=float)
+    if value.shape != shape:
+        raise ValueError(f"Expected a parameter of shape {shape}; got {value.shape}.")
+    return value
+
+
+def _second_moments(sigma, ellipticity):
+    """Return the moments (xx, yy, xy) of an ellipse whose semi-axes have the geometric mean `sigma`."""
+    # With e = (1 - q^2) / (1 + q^2) and a b = sigma^2, the mean of a^2 and b^2 is sigma^2 / sqrt(1 - e^2).
+    mean = sigma**2 / jnp.sqrt(1 - jnp.sum(jnp.asarray(ellipticity) ** 2))
+    return mean * (1 + ellipticity[0]), mean * (1 - ellipticity[0]), mean * ellipticity[1]
+
+
+def _gaussian(y, x, yy, xx, xy):
+    """Evaluate a Gaussian of unit integral with second moments yy, xx, xy on the grid y x x."""
+    determinant = yy * xx - xy**2
+    y = jnp.asarray(y)[:, None]
+    exponent = (xx * y**2 - 2 * xy * y * x + yy * x**2) / determinant
+    return jnp.exp(-0.5 * exponent) / (2 * jnp.pi * jnp.sqrt(determinant))

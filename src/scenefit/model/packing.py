@@ -1,0 +1,213 @@
+"""Packing: all components of a scene as a few padded stacks, evaluated by one operation per stack.
+
+Components with the same kind of morphology and the same bucket of stamp sizes share a stack. Neither the number of
+sources nor their positions are static, so that fitting another blend of the same padded shape compiles nothing and
+compile time does not depend on how many sources there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from scenefit.arrays.box import Box
+from scenefit.arrays.stamps import add_stamps, bucket_count, bucket_size
+from scenefit.model.morphology import PixelMorphology
+from scenefit.model.source import Source
+from scenefit.sky.frame import Frame
+
+
+class Stack(eqx.Module):
+    """Components of one kind and stamp size; padded members have no mask and no flux.
+
+    Attributes
+    ----------
+    morphology : AbstractMorphology
+        Leaves stacked along a first axis of length n; for images, placed on the padded stamp.
+    center : array, shape (n, 2)
+    flux : array, shape (n, f)
+        Entries of the spectra, in units of `flux_unit` of the packing; padded with zeros.
+    flux_index, flux_gain : arrays, shape (n, channel)
+        Channel c shows `flux[flux_index[c]] * flux_gain[c]`.
+    origin : array of int, shape (n, 2)
+        First pixel of the padded stamps on the canvas.
+    mask : array of bool, shape (n, h, w)
+        Pixels of the true stamps.
+    """
+
+    morphology: eqx.Module
+    center: Float[Array, "n 2"]
+    flux: Float[Array, "n f"]
+    flux_index: Int[Array, "n channel"]
+    flux_gain: Float[Array, "n channel"]
+    origin: Int[Array, "n 2"]
+    mask: Bool[Array, "n h w"]
+
+    @property
+    def spectra(self) -> Float[Array, "n channel"]:
+        """Total flux per channel."""
+        return jnp.take_along_axis(self.flux, self.flux_index, axis=1) * self.flux_gain
+
+    def stamps(self, psf_sigma: Float[Array, ""]) -> Float[Array, "n h w"]:
+        """Evaluate all morphologies on their padded stamps."""
+        height, width = self.mask.shape[1:]
+
+        def one(morphology, center, origin):
+            y = jnp.arange(height) + origin[0] - center[0]
+            x = jnp.arange(width) + origin[1] - center[1]
+            return morphology.evaluate(y, x, psf_sigma)
+
+        return jnp.where(self.mask, jax.vmap(one)(self.morphology, self.center, self.origin), 0.0)
+
+
+def evaluate_stacks(stacks: Sequence[Stack], psf_sigma, shape: tuple[int, int, int]) -> Float[Array, "channel y x"]:
+    """Return the model image of all stacks on a canvas of `shape` (channel, y, x)."""
+    canvas = jnp.zeros(shape, jnp.result_type(float))
+    for stack in stacks:
+        canvas = add_stamps(canvas, stack.spectra, stack.stamps(psf_sigma), stack.origin)
+    return canvas
+
+
+class Member(eqx.Module):
+    """Where a component lies in the packing.
+
+    Attributes
+    ----------
+    path : str
+        Path of the component.
+    stack, row : int
+        Which stack, and which member of it.
+    box : Box
+        The true stamp on the model frame.
+    offset : (int, int)
+        First pixel of the true stamp on the padded one.
+    """
+
+    path: str = eqx.field(static=True)
+    stack: int = eqx.field(static=True)
+    row: int = eqx.field(static=True)
+    box: Box
+    offset: tuple[int, int] = eqx.field(static=True)
+
+
+def component_box(component: Source, frame: Frame) -> Box:
+    """Return the stamp of a component on the model frame; empty if it lies outside."""
+    morphology = component.morphology
+    if isinstance(morphology, PixelMorphology):
+        corner = [int(np.rint(c)) - a for c, a in zip(np.asarray(component.center), morphology.anchor, strict=True)]
+        return Box(morphology.image.shape, (corner[0], corner[1]))
+    half = int(np.ceil(morphology.radius(model_psf_sigma(frame))))
+    return Box.around(tuple(np.asarray(component.center, float)), half).intersection(frame.box)
+
+
+def model_psf_sigma(frame: Frame) -> float:
+    """Return the standard deviation of the Gaussian model PSF in pixels."""
+    return float(frame.psf.effective_sigma[0])
+
+
+def pack(
+    frame: Frame, components: Sequence[tuple[str, Source]], flux_unit: np.ndarray | None = None
+) -> tuple[list[Stack], list[Member]]:
+    """Pack components into stacks.
+
+    Parameters
+    ----------
+    frame : Frame
+    components : sequence of (path, Source)
+    flux_unit : array, shape (channel,), optional
+        Unit of the flux in each channel of the model image; 1 by default.
+
+    Returns
+    -------
+    stacks : list of Stack
+    members : list of Member
+        One a component, in order.
+
+    Raises
+    ------
+    ValueError
+        If a component lies outside the frame, or an image sticks out of it.
+    """
+    unit = np.ones(len(frame.channels)) if flux_unit is None else np.asarray(flux_unit, dtype=float)
+    canvas = frame.fft_shape
+    placed = []
+    for path, component in components:
+        box = component_box(component, frame)
+        inner = box.intersection(frame.box)
+        if inner.is_empty or (inner.shape != box.shape):
+            raise ValueError(
+                f"{path}: its stamp of {box.shape} pixels at (y, x) = {box.origin} isn't inside the model frame of "
+                f"{frame.box.shape} pixels. Remove the source, cut its image or enlarge the frame."
+            )
+        side = bucket_size(max(box.shape))
+        shape = (min(side, canvas[0]), min(side, canvas[1]))
+        placed.append((path, component, box, shape))
+    keys = sorted({_stack_key(component, shape) for _, component, _, shape in placed}, key=str)
+    rows: dict = {key: [] for key in keys}
+    members = []
+    for path, component, box, shape in placed:
+        key = _stack_key(component, shape)
+        origin = tuple(min(o, c - s) for o, c, s in zip(box.origin, canvas, shape, strict=True))
+        offset = (box.origin[0] - origin[0], box.origin[1] - origin[1])
+        members.append(Member(path, keys.index(key), len(rows[key]), box, offset))
+        rows[key].append((component, box, shape, origin, offset))
+    return [_build_stack(rows[key], frame, unit) for key in keys], members
+
+
+def _stack_key(component, shape):
+    """Return what components of one stack have in common."""
+    morphology = component.morphology
+    static = "" if isinstance(morphology, PixelMorphology) else str(jax.tree.structure(morphology))
+    return type(morphology).__name__, static, shape, component.spectrum.flux.shape[0]
+
+
+def flux_units(index: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
+    """Return the unit in which each of `count` spectrum entries is packed: that of its first channel."""
+    values = np.ones(count)
+    for channel in range(len(unit) - 1, -1, -1):
+        if index[channel] >= 0:
+            values[index[channel]] = unit[channel]
+    return values
+
+
+def _build_stack(rows, frame, unit) -> Stack:
+    """Stack components (with their boxes, padded shapes, origins and offsets), padding their number."""
+    dtype = jnp.result_type(float)
+    shape = rows[0][2]
+    count, num_channels = bucket_count(len(rows)), len(frame.channels)
+    num_flux = rows[0][0].spectrum.flux.shape[0]
+    flux, gain = np.zeros((count, num_flux)), np.zeros((count, num_channels))
+    index = np.zeros((count, num_channels), int)
+    center, origin = np.zeros((count, 2)), np.zeros((count, 2), int)
+    mask = np.zeros((count, *shape), bool)
+    morphologies = []
+    for n, (component, box, _, corner, offset) in enumerate(rows):
+        layout = component.spectrum.layout(frame.channels)
+        units = flux_units(layout, unit, num_flux)
+        flux[n] = np.asarray(component.spectrum.flux, dtype=float) / units
+        index[n] = np.maximum(layout, 0)
+        gain[n] = np.where(layout >= 0, units[index[n]] / unit, 0.0)
+        center[n], origin[n] = np.asarray(component.center, float), corner
+        window = np.s_[offset[0] : offset[0] + box.shape[0], offset[1] : offset[1] + box.shape[1]]
+        mask[(n, *window)] = True
+        morphology = component.morphology
+        if isinstance(morphology, PixelMorphology):
+            morphology = morphology.padded(shape, offset)
+        morphologies.append(morphology)
+    morphologies += [morphologies[0]] * (count - len(rows))
+    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack([np.asarray(x, float) for x in leaves]), dtype), *morphologies)
+    return Stack(
+        morphology=stacked,
+        center=jnp.asarray(center, dtype),
+        flux=jnp.asarray(flux, dtype),
+        flux_index=jnp.asarray(index, jnp.int32),
+        flux_gain=jnp.asarray(gain, dtype),
+        origin=jnp.asarray(origin, jnp.int32),
+        mask=jnp.asarray(mask),
+    )
+

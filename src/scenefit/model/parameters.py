@@ -1,0 +1,249 @@
+"""Parameters: what of a scene and its observations is free, by path.
+
+A path names one array, such as `sources.host.center`, `sources.host.spectrum.flux`,
+`sources.host.morphology.half_light_radius` or `observations.HSC.astrometry.shift`. Patterns take `*` for one or more
+names and match a whole branch: `sources.*.morphology`, `observations.HSC`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+
+import astropy.units as u
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import ParameterFreeTransform, biject_to
+
+
+class _UnitDisk(constraints.ParameterFreeConstraint):
+    """Vectors of norm below 1."""
+
+    event_dim = 1
+
+    def __call__(self, x):
+        return jnp.sum(x**2, axis=-1) < 1
+
+    def feasible_like(self, prototype):
+        return jnp.zeros_like(prototype)
+
+
+class _UnitDiskTransform(ParameterFreeTransform):
+    """`e = v / sqrt(1 + |v|^2)`: all of the plane onto the open unit disk, smooth at 0."""
+
+    domain = constraints.real_vector
+    codomain = _UnitDisk()
+
+    def __call__(self, x):
+        return x / jnp.sqrt(1 + jnp.sum(x**2, axis=-1, keepdims=True))
+
+    def _inverse(self, y):
+        return y / jnp.sqrt(jnp.maximum(1 - jnp.sum(y**2, axis=-1, keepdims=True), 1e-6))
+
+    def log_abs_det_jacobian(self, x, y, intermediates=None):
+        return -2 * jnp.log1p(jnp.sum(x**2, axis=-1))
+
+
+unit_disk = _UnitDisk()
+"""Constraint of an ellipticity: a pair of norm below 1."""
+biject_to.register(_UnitDisk)(lambda _: _UnitDiskTransform())
+
+
+class Parameter(eqx.Module):
+    """One array of a scene or an observation.
+
+    Attributes
+    ----------
+    path : str
+    shape : tuple of int
+    free : bool
+        Whether a fit may change it.
+    constraint : numpyro constraint
+        The values it may take.
+    prior : numpyro distribution or None
+        Of each element, in the parameter's unit.
+    tied_to : str or None
+        Path of the parameter it always equals.
+    unit : str
+        "pixel" (of the model frame), "arcsec", "flux", "flux/pixel" or "".
+    """
+
+    path: str = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+    free: bool = eqx.field(static=True)
+    constraint: constraints.Constraint = eqx.field(static=True)
+    prior: dist.Distribution | None = None
+    tied_to: str | None = eqx.field(static=True, default=None)
+    unit: str = eqx.field(static=True, default="")
+
+    def replace(self, **changes) -> Parameter:
+        """Return a copy with some attributes changed."""
+        return Parameter(**{**{name: getattr(self, name) for name in self.__dataclass_fields__}, **changes})
+
+
+class Parameters(eqx.Module):
+    """All parameters of a scene and its observations; `fix`, `free`, `prior` and `tie` return changed copies.
+
+    Parameters
+    ----------
+    table : mapping of path to Parameter
+    pixel_scale : float
+        Arcsec per model pixel, for priors given as Quantity; NaN if there is no WCS.
+    """
+
+    table: dict[str, Parameter]
+    pixel_scale: float = eqx.field(static=True)
+
+    def __init__(self, table: Mapping[str, Parameter], pixel_scale: float = float("nan")):
+        self.table = dict(table)
+        self.pixel_scale = float(pixel_scale)
+
+    @classmethod
+    def default(cls, scene, observations) -> Parameters:
+        """Build the natural choice: fluxes and shapes free; centers free except for free-pixel images; images fixed in place.
+
+        The center of a `PixelMorphology` is fixed because its pixels can move the light themselves. Offsets and
+        backgrounds of the observations are fixed.
+        """
+        table = {}
+        for path, component in scene.components():
+            for name, parameter in _component_parameters(path, component).items():
+                table[name] = parameter
+        for obs in observations:
+            base = f"observations.{obs.name}"
+            shift, background = f"{base}.astrometry.shift", f"{base}.background"
+            if shift in table:
+                raise ValueError(f"Observation names must be distinct; {obs.name!r} repeats.")
+            table[shift] = Parameter(shift, (2,), False, constraints.real, unit="arcsec")
+            table[background] = Parameter(background, obs.background.shape, False, constraints.real, unit="flux/pixel")
+        return cls(table, scene.frame.pixel_scale)
+
+    def __getitem__(self, path: str) -> Parameter:
+        """Return the parameter at a path (no pattern)."""
+        (name,) = self.match(path)[:1]
+        return self.table[name]
+
+    def __iter__(self):
+        """Iterate over the parameters."""
+        return iter(self.table.values())
+
+    def match(self, pattern: str) -> list[str]:
+        """Return the paths that a pattern names.
+
+        Raises
+        ------
+        KeyError
+            If there is none, with the nearest paths.
+        """
+        found = [p for p in self.table if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, f"{pattern}.*")]
+        if not found:
+            near = difflib.get_close_matches(pattern, list(self.table), n=3, cutoff=0.3)
+            raise KeyError(f"No parameter matches {pattern!r}. " + (f"Nearest: {', '.join(near)}." if near else ""))
+        return found
+
+    def fix(self, pattern: str) -> Parameters:
+        """Return a copy in which the parameters that match keep their value."""
+        return self._change(pattern, free=False)
+
+    def free(self, pattern: str, *, prior: dist.Distribution | None = None) -> Parameters:
+        """Return a copy in which the parameters that match are fitted, under a prior if one is given."""
+        changed = self._change(pattern, free=True)
+        changed.check_anchored()
+        return changed if prior is None else changed.prior(pattern, prior)
+
+    def prior(self, pattern: str, prior: dist.Distribution | None) -> Parameters:
+        """Return a copy in which the parameters that match have that prior on each element (None: flat).
+
+        Quantities in the distribution are converted to the unit of the parameter.
+        """
+        table = dict(self.table)
+        for path in self.match(pattern):
+            table[path] = table[path].replace(prior=self._without_units(prior, table[path]))
+        return Parameters(table, self.pixel_scale)
+
+    def constrain(self, pattern: str, constraint: constraints.Constraint) -> Parameters:
+        """Return a copy in which the parameters that match obey another constraint, such as `constraints.real`."""
+        return self._change(pattern, constraint=constraint)
+
+    def tie(self, path: str, *others: str) -> Parameters:
+        """Return a copy in which the parameters that match `others` always equal the one at `path`.
+
+        Raises
+        ------
+        KeyError
+            If a path is unknown.
+        ValueError
+            If shapes or constraints differ, a parameter is tied to itself, or images are to be tied.
+        """
+        (first, *more) = self.match(path)
+        if more:
+            raise ValueError(f"tie() wants one parameter to tie others to; {path!r} matches {len(more) + 1}.")
+        first = self.table[first].tied_to or first
+        table = dict(self.table)
+        for other in others:
+            for name in self.match(other):
+                a, b = table[first], table[name]
+                if name == first:
+                    raise ValueError(f"{name!r} can't be tied to itself.")
+                if a.shape != b.shape or type(a.constraint) is not type(b.constraint):
+                    raise ValueError(f"Only parameters of one shape and constraint can be tied; {first!r} and {name!r} differ.")
+                if name.endswith(".image"):
+                    raise ValueError(f"Images can't be tied ({name!r}); use one source with both spectra's sum instead.")
+                table[name] = b.replace(tied_to=first)
+        return Parameters(table, self.pixel_scale)
+
+    def check_anchored(self):
+        """Raise ValueError if every observation's shift is free: the model's own position is then undefined."""
+        shifts = [p for p in self if p.path.startswith("observations.") and p.path.endswith(".astrometry.shift")]
+        if shifts and all(p.free for p in shifts):
+            raise ValueError(
+                "All observations' astrometry.shift are free; nothing then says where the model lies. "
+                f"Keep at least one of {[p.path for p in shifts]} fixed as the anchor."
+            )
+
+    def _change(self, pattern, **changes) -> Parameters:
+        """Return a copy with attributes of the matching parameters changed."""
+        table = dict(self.table)
+        for path in self.match(pattern):
+            table[path] = table[path].replace(**changes)
+        return Parameters(table, self.pixel_scale)
+
+    def _without_units(self, prior, parameter):
+        """Return the distribution with Quantities as plain numbers in the parameter's unit."""
+
+        def convert(leaf):
+            if not isinstance(leaf, u.Quantity):
+                return leaf
+            if parameter.unit == "pixel" and leaf.unit.physical_type == "angle":
+                return leaf.to_value(u.arcsec) / self.pixel_scale
+            target = {"arcsec": u.arcsec, "pixel": u.pix, "flux": u.nJy, "flux/pixel": u.nJy}.get(parameter.unit)
+            if target is None:
+                raise ValueError(f"{parameter.path!r} has no unit; its prior must be plain numbers, not {leaf}.")
+            return leaf.to_value(target)
+
+        return jax.tree.map(convert, prior, is_leaf=lambda leaf: isinstance(leaf, u.Quantity))
+
+
+_UNITS = {"half_light_radius": "pixel", "image": ""}
+
+
+def _component_parameters(path, component) -> dict[str, Parameter]:
+    """Return the parameters of one component by path."""
+    pixels = "image" in component.morphology.constraints
+    table = {
+        f"{path}.center": Parameter(f"{path}.center", (2,), not pixels, constraints.real, unit="pixel"),
+        f"{path}.spectrum.flux": Parameter(
+            f"{path}.spectrum.flux", component.spectrum.flux.shape, True, constraints.nonnegative, unit="flux"
+        ),
+    }
+    for name, constraint in component.morphology.constraints.items():
+        full = f"{path}.morphology.{name}"
+        table[full] = Parameter(
+            full, np.shape(getattr(component.morphology, name)), True, constraint, unit=_UNITS.get(name, "")
+        )
+    return table

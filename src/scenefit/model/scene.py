@@ -1,0 +1,75 @@
+"""Scenes: sources on a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from scenefit.model.packing import evaluate_stacks, model_psf_sigma, pack
+from scenefit.model.source import AbstractSource, Source
+from scenefit.sky.frame import Frame
+
+
+class Scene(eqx.Module):
+    """Named sources on a model frame. Knows how to evaluate itself, nothing about data or fitting.
+
+    Parameters
+    ----------
+    frame : Frame
+    sources : mapping of name to source, or sequence of sources
+        A sequence is named "0", "1", ... Names must not contain a dot.
+    """
+
+    frame: Frame
+    sources: dict[str, AbstractSource]
+
+    def __init__(self, frame: Frame, sources: Mapping[str, AbstractSource] | Sequence[AbstractSource]):
+        self.frame = frame
+        if not isinstance(sources, Mapping):
+            sources = {str(n): source for n, source in enumerate(sources)}
+        wrong = [name for name in sources if not isinstance(name, str) or "." in name or "*" in name]
+        if wrong:
+            raise ValueError(f"Source names are strings without '.' and '*'; got {wrong}.")
+        self.sources = dict(sources)
+
+    def components(self) -> Iterator[tuple[str, Source]]:
+        """Yield every component with its path, in order."""
+        for name, source in self.sources.items():
+            yield from source.components(f"sources.{name}")
+
+    def evaluate(self, names: Sequence[str] | None = None) -> np.ndarray:
+        """Evaluate the scene, or only the sources named, on the frame.
+
+        Returns
+        -------
+        array, shape (channel, y, x)
+            Flux per model pixel, convolved with the model PSF.
+        """
+        sources = self.sources if names is None else {name: self.sources[name] for name in names}
+        components = [c for name, source in sources.items() for c in source.components(f"sources.{name}")]
+        if not components:
+            return np.zeros(self.frame.shape)
+        fluxes = [np.abs(np.asarray(c.spectrum.evaluate(self.frame.channels), float)) for _, c in components]
+        unit = np.max(fluxes, axis=0)
+        unit = np.where(unit > 0, unit, 1.0)
+        stacks, _ = pack(self.frame, components, unit)
+        canvas = _evaluate(stacks, model_psf_sigma(self.frame), (len(self.frame.channels), *self.frame.fft_shape))
+        height, width = self.frame.box.shape
+        return np.asarray(canvas)[:, :height, :width].astype(float) * unit[:, None, None]
+
+    def with_sources(self, **sources: AbstractSource) -> Scene:
+        """Return a scene with sources added or replaced."""
+        return Scene(self.frame, {**self.sources, **sources})
+
+    def without(self, *names: str) -> Scene:
+        """Return a scene without the sources named."""
+        unknown = [name for name in names if name not in self.sources]
+        if unknown:
+            raise KeyError(f"The scene has no source {unknown}; it has {list(self.sources)}.")
+        return Scene(self.frame, {name: s for name, s in self.sources.items() if name not in names})
+
+
+_evaluate = jax.jit(evaluate_stacks, static_argnums=2)

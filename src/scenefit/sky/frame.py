@@ -1,0 +1,321 @@
+"""The model frame: the pixel grid, channels and narrow PSF on which a scene is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import astropy.units as u
+import equinox as eqx
+import numpy as np
+from astropy.coordinates import SkyCoord
+from astropy.io import fits
+from astropy.wcs import WCS
+from astropy.wcs.utils import proj_plane_pixel_area
+
+from scenefit.arrays.box import Box
+from scenefit.arrays.fourier import fast_length
+from scenefit.sky.psf import AbstractPSF, GaussianPSF
+
+MODEL_PSF_SIGMA = 0.7
+"""Standard deviation, in model pixels, of the PSF already in the model image: wide enough to make it band-limited."""
+MODEL_PSF_MARGIN = 0.9
+"""The model PSF stays below this fraction of the sharpest observed one; else the model pixels are made smaller."""
+
+Channel = str | tuple
+
+
+class Frame(eqx.Module):
+    """A pixel grid on the sky with named channels.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Height and width in pixels.
+    channels : sequence of str or (band, epoch)
+        Names of the channels, each once.
+    wcs : astropy.wcs.WCS or FITS header, optional
+        Celestial coordinates of the pixels; without it positions are pixels only.
+    psf : AbstractPSF
+        PSF of the model image; a round Gaussian of 0.7 pixels unless given.
+    padding : int
+        Pixels beyond the frame that light must not wrap around in a convolution: half the extent of the widest
+        observed PSF, in model pixels. `Frame.from_observations` sets it.
+
+    Raises
+    ------
+    ValueError
+        If the shape isn't two positive integers, a channel repeats, or the WCS isn't celestial.
+    """
+
+    box: Box
+    channels: tuple[Channel, ...] = eqx.field(static=True)
+    wcs: WCS | None = eqx.field(static=True)
+    psf: AbstractPSF
+    padding: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        channels: Sequence[Channel],
+        wcs: WCS | fits.Header | None = None,
+        psf: AbstractPSF | None = None,
+        padding: int = 32,
+    ):
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"A Frame wants shape (height, width) of at least one pixel each; got {shape}.")
+        self.box = Box(shape)
+        self.channels = check_channels(channels)
+        self.wcs = as_wcs(wcs)
+        self.psf = GaussianPSF(MODEL_PSF_SIGMA) if psf is None else psf
+        self.padding = int(padding)
+
+    @classmethod
+    def from_observations(
+        cls,
+        observations: Sequence,
+        coverage: str = "union",
+        *,
+        pixel_scale=None,
+        psf: AbstractPSF | None = None,
+    ) -> Frame:
+        """Build the frame that covers all observations with the pixels of the finest one.
+
+        The grid continues that of the observation with the smallest pixels (an undistorted tangent plane at its
+        centre if it is distorted), subdivided where its PSF is too narrow for the model PSF. The channels are the
+        ordered union of those of the observations.
+
+        Parameters
+        ----------
+        observations : sequence of Observation
+            All with a WCS, or all without (then all on one pixel grid).
+        coverage : "union" or "intersection"
+            Cover every pixel of every observation, or only what all of them see.
+        pixel_scale : Quantity or float, optional
+            Model pixel in arcsec, instead of that of the finest observation.
+        psf : AbstractPSF, optional
+            Model PSF, in model pixels.
+
+        Raises
+        ------
+        ValueError
+            If there is no observation, some have a WCS and others don't, `coverage` is unknown, or the
+            intersection is empty.
+        """
+        observations = [observations] if not isinstance(observations, Sequence) else list(observations)
+        if not observations:
+            raise ValueError("A frame wants at least one observation; got none.")
+        if coverage not in ("union", "intersection"):
+            raise ValueError(f"coverage is 'union' or 'intersection'; got {coverage!r}.")
+        without = [obs.name for obs in observations if obs.wcs is None]
+        if without and len(without) < len(observations):
+            having = [obs.name for obs in observations if obs.wcs is not None]
+            raise ValueError(f"Either all observations have a WCS or none; {having} have one, {without} don't.")
+        channels = tuple(dict.fromkeys(channel for obs in observations for channel in obs.channels))
+        if without:
+            reference, grid, factor = observations[0], None, 1.0
+        else:
+            reference, grid, factor = _finest_grid(observations, pixel_scale)
+        boxes = [_footprint(obs, grid, factor) for obs in observations]
+        box = boxes[0]
+        for other in boxes[1:]:
+            box = box.union(other) if coverage == "union" else box.intersection(other)
+        if box.is_empty:
+            raise ValueError(
+                "The observations don't overlap, so coverage='intersection' is empty: "
+                + "; ".join(f"{obs.name} covers {_sky_extent(obs)}" for obs in observations)
+                + ". Check their WCS or use coverage='union'."
+            )
+        padding = max(
+            int(np.ceil(obs.psf.extent * pixel_scale_of(obs.wcs) / pixel_scale_of(grid))) if grid is not None
+            else int(np.ceil(obs.psf.extent))
+            for obs in observations
+        )
+        wcs = None
+        if grid is not None:
+            wcs = grid.deepcopy()
+            wcs.wcs.crpix -= np.array(box.origin[::-1])
+            wcs.array_shape = box.shape
+        return cls(box.shape, channels=channels, wcs=wcs, psf=psf, padding=padding)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channel, y, x)."""
+        return (len(self.channels), *self.box.shape)
+
+    @property
+    def fft_shape(self) -> tuple[int, int]:
+        """Height and width of the zero-padded grid on which the model is convolved."""
+        return fast_length(self.box.shape[0] + self.padding), fast_length(self.box.shape[1] + self.padding)
+
+    @property
+    def pixel_scale(self) -> float:
+        """Pixel side in arcsec (geometric mean); NaN without a WCS."""
+        return float("nan") if self.wcs is None else pixel_scale_of(self.wcs)
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """Position (y, x) of the middle of the frame."""
+        return (self.box.shape[0] - 1) / 2, (self.box.shape[1] - 1) / 2
+
+    def channel_index(self, channels: Sequence[Channel]) -> tuple[int, ...]:
+        """Return where each of `channels` stands in the frame.
+
+        Raises
+        ------
+        ValueError
+            If one isn't a channel of the frame.
+        """
+        missing = [channel for channel in channels if channel not in self.channels]
+        if missing:
+            raise ValueError(f"The frame has channels {list(self.channels)}, not {missing}.")
+        return tuple(self.channels.index(channel) for channel in channels)
+
+    def to_pixel(self, position) -> np.ndarray:
+        """Return positions as (y, x) in pixels.
+
+        Parameters
+        ----------
+        position : SkyCoord or array, shape (..., 2)
+            Sky coordinates (any frame) or pixel positions, which are passed through.
+
+        Returns
+        -------
+        array, shape (..., 2)
+        """
+        if not isinstance(position, SkyCoord):
+            position = np.asarray(position, dtype=float)
+            if position.shape[-1:] != (2,):
+                raise ValueError(f"A position is a SkyCoord or (y, x) in pixels; got an array of {position.shape}.")
+            return position
+        if self.wcs is None:
+            raise ValueError("This frame has no WCS: positions must be (y, x) in pixels, not SkyCoord.")
+        x, y = self.wcs.world_to_pixel(position)
+        return np.stack([y, x], axis=-1)
+
+    def to_sky(self, position) -> SkyCoord:
+        """Return pixel positions (y, x), shape (..., 2), as sky coordinates in the frame of the WCS."""
+        if self.wcs is None:
+            raise ValueError("This frame has no WCS: it knows pixel positions only.")
+        position = np.asarray(position, dtype=float)
+        return self.wcs.pixel_to_world(position[..., 1], position[..., 0])
+
+    def sky_jacobian(self) -> np.ndarray:
+        """Return d(y, x) [pixels] / d(east, north) [arcsec] at the frame's centre; identity without a WCS."""
+        if self.wcs is None:
+            return np.eye(2)
+        center = self.to_sky(self.center)
+        ends = [center.directional_offset_by(angle * u.deg, 1 * u.arcsec) for angle in (90.0, 0.0)]
+        return np.stack([self.to_pixel(end) - self.to_pixel(center) for end in ends], axis=-1)
+
+
+def check_channels(channels: Sequence[Channel]) -> tuple[Channel, ...]:
+    """Return the channel names as a tuple; raise ValueError if there is none or one repeats."""
+    if isinstance(channels, str):
+        channels = (channels,)
+    channels = tuple(tuple(c) if isinstance(c, list) else c for c in channels)
+    repeated = sorted({str(c) for c in channels if channels.count(c) > 1})
+    if not channels or repeated:
+        raise ValueError(
+            f"Channel names must be distinct and at least one; got {list(channels)}"
+            + (f", where {', '.join(repeated)} repeat(s). Epochs of one band are named (band, epoch)." if repeated else ".")
+        )
+    return channels
+
+
+def as_wcs(wcs: WCS | fits.Header | None) -> WCS | None:
+    """Return the celestial part of a WCS or FITS header in any dialect; None for None.
+
+    Raises
+    ------
+    ValueError
+        If it holds no pair of celestial axes.
+    """
+    if wcs is None:
+        return None
+    if isinstance(wcs, fits.Header):
+        wcs = WCS(wcs)
+    if not wcs.has_celestial:
+        raise ValueError(f"The WCS must have two celestial axes; got axis types {list(wcs.wcs.ctype)}.")
+    return wcs.celestial if wcs.naxis != 2 else wcs
+
+
+def pixel_scale_of(wcs: WCS) -> float:
+    """Return the side of a pixel at the reference point in arcsec: the square root of its area."""
+    return float(np.sqrt(proj_plane_pixel_area(wcs)) * 3600)
+
+
+def pixel_map(source: WCS | None, target: WCS | None, y, x) -> np.ndarray:
+    """Return where pixel positions on one grid lie on another, as (..., 2) in (y, x); identity without WCS."""
+    if source is None or target is None:
+        return np.stack(np.broadcast_arrays(y, x), axis=-1).astype(float)
+    column, row = target.world_to_pixel(source.pixel_to_world(np.asarray(x, float), np.asarray(y, float)))
+    return np.stack([row, column], axis=-1)
+
+
+def _finest_grid(observations, pixel_scale):
+    """Return the observation with the finest pixels, the WCS of the model grid through it, and model pixels per its pixel."""
+    reference = min(observations, key=lambda obs: pixel_scale_of(obs.wcs))
+    scale = pixel_scale_of(reference.wcs)
+    if pixel_scale is not None:
+        factor = scale / float(u.Quantity(pixel_scale, u.arcsec).value)
+    else:
+        sharpest = min(obs.psf.effective_sigma.min() * pixel_scale_of(obs.wcs) for obs in observations) / scale
+        factor = float(max(1, np.ceil(MODEL_PSF_SIGMA / (MODEL_PSF_MARGIN * sharpest) - 1e-6)))
+    grid = reference.wcs if not reference.wcs.has_distortion else _tangent_plane(reference)
+    if factor != 1:
+        grid = grid.deepcopy()
+        grid.wcs.crpix = (grid.wcs.crpix - 0.5) * factor + 0.5
+        if grid.wcs.has_cd():
+            grid.wcs.cd = grid.wcs.cd / factor
+        else:
+            grid.wcs.cdelt = grid.wcs.cdelt / factor
+    return reference, grid, factor
+
+
+def _tangent_plane(obs) -> WCS:
+    """Return the undistorted tangent plane at the centre of an observation, with its local scale and orientation."""
+    height, width = obs.data.shape[-2:]
+    center = obs.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2)
+    plane = WCS(naxis=2)
+    plane.wcs.ctype = ["RA---TAN", "DEC--TAN"]
+    plane.wcs.crval = [center.icrs.ra.deg, center.icrs.dec.deg]
+    plane.wcs.crpix = [(width + 1) / 2, (height + 1) / 2]
+    plane.wcs.radesys = "ICRS"
+    plane.wcs.cd = np.eye(2) / 3600
+    plane.wcs.set()
+    step = 1.0
+    middle = np.array([(height - 1) / 2, (width - 1) / 2])
+    columns = []
+    for dy, dx in ((0, step), (step, 0)):
+        ends = pixel_map(obs.wcs, plane, middle[0] + np.array([dy, -dy]) / 2, middle[1] + np.array([dx, -dx]) / 2)
+        columns.append((ends[0] - ends[1])[::-1] / step)
+    plane.wcs.cd = np.stack(columns, axis=-1) / 3600
+    plane.wcs.set()
+    return plane
+
+
+def _footprint(obs, grid, factor) -> Box:
+    """Return the box of model pixels that the centres of an observation's pixels span."""
+    height, width = obs.data.shape[-2:]
+    y, x = np.mgrid[0 : height - 1 : 33j, 0 : width - 1 : 33j]
+    position = pixel_map(obs.wcs, grid, y, x).reshape(-1, 2)
+    if not np.isfinite(position).all():
+        raise ValueError(
+            f"The pixels of observation {obs.name!r} have no place on the model frame: its WCS and that of the finest "
+            "observation don't see the same part of the sky."
+        )
+    margin = 0.0 if grid is None or obs.wcs is None else 0.5 * pixel_scale_of(obs.wcs) / pixel_scale_of(grid) - 0.5
+    low, high = position.min(axis=0) - margin, position.max(axis=0) + margin
+    (y0, x0), (y1, x1) = np.ceil(low - 1e-3), np.floor(high + 1e-3) + 1
+    return Box.from_bounds((int(y0), int(y1)), (int(x0), int(x1)))
+
+
+def _sky_extent(obs) -> str:
+    """Return where an observation lies, for error messages."""
+    height, width = obs.data.shape[-2:]
+    if obs.wcs is None:
+        return f"{height} x {width} pixels"
+    center = obs.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
+    size = pixel_scale_of(obs.wcs) * np.array([height, width])
+    return f"{size[0]:.1f} x {size[1]:.1f} arcsec around ({center.ra.deg:.5f}, {center.dec.deg:.5f})"
