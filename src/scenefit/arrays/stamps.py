@@ -46,7 +46,7 @@ def add_stamps(
     """
 
     def add(n, image):
-        start = (0, origins[n, 0], origins[n, 1])
+        start = (jnp.zeros_like(origins[n, 0]), origins[n, 0], origins[n, 1])
         block = lax.dynamic_slice(image, start, (image.shape[0], *stamps.shape[1:]))
         return lax.dynamic_update_slice(image, block + spectra[n][:, None, None] * stamps[n], start)
 
@@ -76,7 +76,7 @@ def _add_tangents(given, shape, residuals, tangents):
         return start_image
 
     def add(n, image):
-        start = (0, origins[n, 0], origins[n, 1])
+        start = (jnp.zeros_like(origins[n, 0]), origins[n, 0], origins[n, 1])
         block = lax.dynamic_slice(image, start, (image.shape[0], *stamps.shape[1:]))
         if stamps_dot is not None:
             block = block + spectra[n][:, None, None] * stamps_dot[n]
@@ -96,7 +96,8 @@ def _gather_cotangents(given, residuals, cotangent):
 
     def gather(_, row):
         spectrum, stamp, origin = row
-        block = lax.dynamic_slice(cotangent, (0, origin[0], origin[1]), (num_channels, *shape))
+        start = (jnp.zeros_like(origin[0]), origin[0], origin[1])
+        block = lax.dynamic_slice(cotangent, start, (num_channels, *shape))
         block = block.reshape(num_channels, -1)
         return None, (
             block @ stamp.ravel() if given[1] else (),

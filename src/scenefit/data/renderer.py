@@ -85,7 +85,8 @@ class NonuniformSampling(AbstractSampling):
         spectrum = spectrum.at[:, self.fine_shape[0] - (num_rows - positive) :, :num_columns].set(modes[:, positive:])
         grid = jnp.moveaxis(jnp.fft.irfft2(spectrum, s=self.fine_shape, norm="forward"), 0, -1)
         offsets = jnp.arange(fourier.WINDOW_WIDTH)
-        rows, columns = self.first[:, 0, None] + offsets, self.first[:, 1, None] + offsets
+        rows = (self.first[:, 0, None] + offsets) % self.fine_shape[0]
+        columns = (self.first[:, 1, None] + offsets) % self.fine_shape[1]
         values = grid.at[rows[:, :, None], columns[:, None, :]].get(mode="promise_in_bounds")
         image = jnp.einsum("jabc,ja,jb->cj", values, self.weight_y, self.weight_x)
         return image.reshape(channels, *self.shape)
@@ -94,16 +95,20 @@ class NonuniformSampling(AbstractSampling):
 class Renderer(eqx.Module):
     """The chain from a model image to one observation's pixels; made by `Renderer.match`.
 
+    `norm` is the largest eigenvalue of rendering followed by its transpose, per channel, for a wide image without
+    aliasing: the squared gain of the transfer function times the observed pixel's area in model pixels.
+
     Everything that differs between two observations of the same shape is an array, so that rendering the second
     one compiles nothing.
     """
 
     channels: tuple[int, ...] = eqx.field(static=True)
     num_modes: tuple[int, int] = eqx.field(static=True)
-    transfer: Complex[Array, "channel k l"]
+    transfer: Complex[Array, "psf_channel k l"]
     ky: Float[Array, " k"]
     kx: Float[Array, " l"]
     area: Float[Array, "..."]
+    norm: Float[Array, " channel"]
     sky_jacobian: Float[Array, "2 2"]
     sampling: AbstractSampling
     window: Box
@@ -144,10 +149,15 @@ class Renderer(eqx.Module):
         if not inside.any():
             raise ValueError(f"No pixel of {name} lies on the model frame of {height} x {width} pixels.")
         rows, columns = np.nonzero(inside.any(axis=1))[0], np.nonzero(inside.any(axis=0))[0]
-        window = Box.from_bounds((rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1))
+        window = Box.from_bounds((int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1))
+        if not is_affine:
+            middle = [o + (n - 1) / 2 for o, n in zip(window.origin, window.shape, strict=True)]
+            affine = _local_affine(frame, wcs, middle)
+        constant = is_affine or min(shape) == 1
+        area = np.full((1, 1), abs(np.linalg.det(affine))) if constant else _pixel_areas(position)[window.slices]
         position, inside = position[window.slices], inside[window.slices]
         ky, kx, num_modes = _modes(frame.fft_shape, psf.band_limit, affine)
-        transfer = psf.transfer(ky, kx, affine) / frame.psf.transfer(ky, kx, np.eye(2))
+        transfer = _ratio(psf.transfer(ky, kx, affine), frame.psf.transfer(ky, kx, np.eye(2)))
         transfer[:, np.abs(ky) > 0.5 - 1e-9] = 0
         transfer[:, :, np.abs(kx) > 0.5 - 1e-9] = 0
         if (gain := np.abs(transfer).max()) > MAX_GAIN:
@@ -155,8 +165,8 @@ class Renderer(eqx.Module):
                 f"The PSF of {name} is narrower than the model PSF (gain {gain:.3g} in Fourier space, at most {MAX_GAIN}): "
                 "use a Frame with smaller pixels (pixel_scale=) or a narrower psf."
             )
+        norm = np.broadcast_to((np.abs(transfer) ** 2).max(axis=(1, 2)) * abs(np.linalg.det(affine)), len(channels))
         transfer = transfer / np.prod(frame.fft_shape)
-        area = abs(np.linalg.det(affine)) * np.ones((1, 1)) if is_affine else _pixel_areas(position)
         sampling, factor = _choose_sampling(frame.fft_shape, ky, kx, position, is_affine, affine)
         dtype = jnp.result_type(float)
         return cls(
@@ -166,6 +176,7 @@ class Renderer(eqx.Module):
             ky=jnp.asarray(ky, dtype),
             kx=jnp.asarray(kx, dtype),
             area=jnp.asarray(area, dtype),
+            norm=jnp.asarray(norm, dtype),
             sky_jacobian=jnp.asarray(frame.sky_jacobian(), dtype),
             sampling=sampling,
             window=window,
@@ -218,6 +229,12 @@ def _select_modes(spectrum, num_modes: tuple[int, int]):
     return jnp.concatenate([spectrum[:, :positive, :columns], spectrum[:, positive - rows :, :columns]], axis=1)
 
 
+def _ratio(observed, model):
+    """Return `observed / model`: 0 where both are 0, infinite where only the model is."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(observed == 0, 0, observed / model)
+
+
 def _pixel_positions(frame, wcs, shape):
     """Return the (y, x, 2) model positions of all pixels, whether they are affine in the pixel index, and d(position)/d(index)."""
     nodes = [np.unique(np.linspace(0, n - 1, min(n, 17)).round()) for n in shape]
@@ -246,7 +263,8 @@ def _local_affine(frame, wcs, middle):
 
 def _pixel_areas(position):
     """Return the area of every pixel in model pixels, from the (y, x, 2) positions of their centres."""
-    dy, dx = np.gradient(position, axis=(0, 1))
+    order = 2 if min(position.shape[:2]) > 2 else 1
+    dy, dx = np.gradient(position, axis=(0, 1), edge_order=order)
     return np.abs(dy[..., 0] * dx[..., 1] - dy[..., 1] * dx[..., 0])
 
 
@@ -287,18 +305,13 @@ def _choose_sampling(fft_shape, ky, kx, position, is_affine, affine):
 
 
 def _nonuniform_sampling(fft_shape, ky, kx, position):
-    """Return the non-uniform sampling at any positions inside the padded model grid."""
+    """Return the non-uniform sampling at any positions; the padded model grid repeats beyond its edges."""
     counts = len(ky), 2 * len(kx) - 1
     fine = tuple(fourier.fast_length(int(np.ceil(fourier.OVERSAMPLING * n))) for n in counts)
-    margin = fourier.WINDOW_WIDTH
-    coordinate = [position[..., a].ravel() * fine[a] / fft_shape[a] + margin for a in (0, 1)]
-    limits = [(c.min() - margin / 2, c.max() + margin / 2 + 1) for c in coordinate]
-    if any(low < 0 or high > n for (low, high), n in zip(limits, fine, strict=True)):
-        raise ValueError("The model frame needs more padding: Frame(..., padding=) is too small for this observation.")
+    coordinate = [position[..., a].ravel() * fine[a] / fft_shape[a] for a in (0, 1)]
     (first_y, weight_y), (first_x, weight_x) = (fourier.window_weights(c) for c in coordinate)
     mode_y, mode_x = ky * fft_shape[0] / fine[0], kx * fft_shape[1] / fine[1]
     correction = np.outer(fourier.window_transform(mode_y), fourier.window_transform(mode_x))
-    phase = np.exp(-2j * np.pi * margin * (mode_y[:, None] + mode_x))
     dtype = jnp.result_type(float)
     sampling = NonuniformSampling(
         first=jnp.asarray(np.stack([first_y, first_x], axis=-1), jnp.int32),
@@ -307,4 +320,4 @@ def _nonuniform_sampling(fft_shape, ky, kx, position):
         fine_shape=fine,
         shape=position.shape[:2],
     )
-    return sampling, phase / correction
+    return sampling, 1 / correction

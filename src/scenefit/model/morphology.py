@@ -105,6 +105,10 @@ class PixelMorphology(AbstractMorphology):
         Flux per model pixel.
     anchor : (int, int), optional
         Pixel (y, x) of the image that lies on the model pixel nearest to the source's centre; its middle by default.
+    envelope : array, shape (h, w), optional
+        Smooth, non-negative guess of the image, scaled to unit sum. `Parameters.default` gives every pixel a normal
+        prior around it whose width is proportional to it: where the data say little, the image stays smooth and
+        doesn't soak up noise or a neighbour's light.
 
     Raises
     ------
@@ -113,10 +117,11 @@ class PixelMorphology(AbstractMorphology):
     """
 
     image: np.ndarray | Array
+    envelope: np.ndarray | None
     anchor: tuple[int, int] = eqx.field(static=True)
     constraints: ClassVar = {"image": constraints.nonnegative}
 
-    def __init__(self, image, anchor: tuple[int, int] | None = None):
+    def __init__(self, image, anchor: tuple[int, int] | None = None, envelope=None):
         image = np.asarray(image, dtype=float)
         if image.ndim != 2 or not np.isfinite(image).all() or not image.sum() > 0:
             raise ValueError(
@@ -124,6 +129,7 @@ class PixelMorphology(AbstractMorphology):
                 + (f", sum {image.sum():.3g}." if image.ndim == 2 else ".")
             )
         self.image = image / image.sum()
+        self.envelope = None if envelope is None else _as_envelope(envelope, image.shape)
         self.anchor = (image.shape[0] // 2, image.shape[1] // 2) if anchor is None else (int(anchor[0]), int(anchor[1]))
 
     def evaluate(self, y, x, psf_sigma):  # noqa: D102
@@ -141,6 +147,16 @@ class PixelMorphology(AbstractMorphology):
 
 
 _TRUNCATION = float(np.sqrt(-2 * np.log(STAMP_FLUX_TOLERANCE)))
+
+
+def _as_envelope(envelope, shape):
+    """Return an envelope of unit sum."""
+    envelope = np.asarray(envelope, dtype=float)
+    if envelope.shape != shape or not np.isfinite(envelope).all() or envelope.min() < 0 or not envelope.sum() > 0:
+        raise ValueError(
+            f"An envelope is finite, non-negative and not zero, with the shape {shape} of the image; got {envelope.shape}."
+        )
+    return envelope / envelope.sum()
 
 
 def _as_array(value, shape):

@@ -7,6 +7,7 @@ compile time does not depend on how many sources there are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -144,9 +145,12 @@ def pack(
                 f"{path}: its stamp of {box.shape} pixels at (y, x) = {box.origin} isn't inside the model frame of "
                 f"{frame.box.shape} pixels. Remove the source, cut its image or enlarge the frame."
             )
-        side = bucket_size(max(box.shape))
-        shape = (min(side, canvas[0]), min(side, canvas[1]))
-        placed.append((path, component, box, shape))
+        placed.append((path, component, box))
+    buckets = merged_buckets([bucket_size(max(box.shape)) for _, _, box in placed], canvas[0] * canvas[1])
+    placed = [
+        (path, component, box, (min(side, canvas[0]), min(side, canvas[1])))
+        for (path, component, box), side in zip(placed, buckets, strict=True)
+    ]
     keys = sorted({_stack_key(component, shape) for _, component, _, shape in placed}, key=str)
     rows: dict = {key: [] for key in keys}
     members = []
@@ -157,6 +161,24 @@ def pack(
         members.append(Member(path, keys.index(key), len(rows[key]), box, offset))
         rows[key].append((component, box, shape, origin, offset))
     return [_build_stack(rows[key], frame, unit) for key in keys], members
+
+
+def merged_buckets(sides: Sequence[int], spare: int) -> list[int]:
+    """Return larger bucket sizes, fewer distinct ones, as long as that adds no more than `spare` pixels in all.
+
+    Every distinct size is compiled separately, whereas a few more pixels hardly cost anything beside the Fourier
+    transforms of the canvas.
+    """
+    result = list(sides)
+    while len(set(result)) > 1:
+        sizes = sorted(set(result))
+        costs = [(result.count(a) * (b * b - a * a), a, b) for a, b in itertools.pairwise(sizes)]
+        cost, small, large = min(costs)
+        if cost > spare:
+            break
+        spare -= cost
+        result = [large if side == small else side for side in result]
+    return result
 
 
 def _stack_key(component, shape):

@@ -229,6 +229,8 @@ class Parameters(eqx.Module):
         return jax.tree.map(convert, prior, is_leaf=lambda leaf: isinstance(leaf, u.Quantity))
 
 
+ENVELOPE_SCATTER = 2.0
+"""Standard deviation of a free pixel around its envelope, as a fraction of the envelope."""
 _UNITS = {"half_light_radius": "pixel", "image": ""}
 
 
@@ -243,7 +245,15 @@ def _component_parameters(path, component) -> dict[str, Parameter]:
     }
     for name, constraint in component.morphology.constraints.items():
         full = f"{path}.morphology.{name}"
-        table[full] = Parameter(
-            full, np.shape(getattr(component.morphology, name)), True, constraint, unit=_UNITS.get(name, "")
-        )
+        prior = _envelope_prior(component.morphology) if name == "image" else None
+        shape = np.shape(getattr(component.morphology, name))
+        table[full] = Parameter(full, shape, True, constraint, prior, unit=_UNITS.get(name, ""))
     return table
+
+
+def _envelope_prior(morphology) -> dist.Distribution | None:
+    """Return the prior of the pixels of an image around its envelope, if it has one."""
+    if morphology.envelope is None:
+        return None
+    floor = 1e-3 * morphology.envelope.max()
+    return dist.Normal(morphology.envelope, ENVELOPE_SCATTER * np.maximum(morphology.envelope, 1e-3 * floor))

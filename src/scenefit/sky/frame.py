@@ -21,6 +21,12 @@ MODEL_PSF_SIGMA = 0.7
 MODEL_PSF_MARGIN = 0.9
 """The model PSF stays below this fraction of the sharpest observed one; else the model pixels are made smaller."""
 
+DISTORTED_PROJECTIONS = ("TPV", "TPD", "TPU", "TNX", "ZPX", "ZPN")
+"""Projection codes of FITS that hold a distortion polynomial, which astropy doesn't count as one."""
+
+EDGE_TOLERANCE = 1e-3
+"""Model pixels by which an observation may reach over the edge of the frame without getting another row of them."""
+
 Channel = str | tuple
 
 
@@ -44,7 +50,8 @@ class Frame(eqx.Module):
     Raises
     ------
     ValueError
-        If the shape isn't two positive integers, a channel repeats, or the WCS isn't celestial.
+        If the shape isn't two positive integers, a channel repeats, the WCS isn't celestial, or the PSF has more
+        than one channel.
     """
 
     box: Box
@@ -57,7 +64,7 @@ class Frame(eqx.Module):
         self,
         shape: tuple[int, int],
         *,
-        channels: Sequence[Channel],
+        channels: Sequence[Channel | list],
         wcs: WCS | fits.Header | None = None,
         psf: AbstractPSF | None = None,
         padding: int = 32,
@@ -68,12 +75,14 @@ class Frame(eqx.Module):
         self.channels = check_channels(channels)
         self.wcs = as_wcs(wcs)
         self.psf = GaussianPSF(MODEL_PSF_SIGMA) if psf is None else psf
+        if self.psf.num_channels != 1:
+            raise ValueError(f"A Frame wants one model PSF for all channels; got one of {self.psf.num_channels} channels.")
         self.padding = int(padding)
 
     @classmethod
     def from_observations(
         cls,
-        observations: Sequence,
+        observations: Sequence | eqx.Module,
         coverage: str = "union",
         *,
         pixel_scale=None,
@@ -87,7 +96,7 @@ class Frame(eqx.Module):
 
         Parameters
         ----------
-        observations : sequence of Observation
+        observations : Observation or sequence of them
             All with a WCS, or all without (then all on one pixel grid).
         coverage : "union" or "intersection"
             Cover every pixel of every observation, or only what all of them see.
@@ -113,10 +122,10 @@ class Frame(eqx.Module):
             raise ValueError(f"Either all observations have a WCS or none; {having} have one, {without} don't.")
         channels = tuple(dict.fromkeys(channel for obs in observations for channel in obs.channels))
         if without:
-            reference, grid, factor = observations[0], None, 1.0
+            grid = None
         else:
-            reference, grid, factor = _finest_grid(observations, pixel_scale)
-        boxes = [_footprint(obs, grid, factor) for obs in observations]
+            grid = _finest_grid(observations, pixel_scale)
+        boxes = [_footprint(obs, grid, outwards=coverage == "union") for obs in observations]
         box = boxes[0]
         for other in boxes[1:]:
             box = box.union(other) if coverage == "union" else box.intersection(other)
@@ -201,15 +210,20 @@ class Frame(eqx.Module):
         return self.wcs.pixel_to_world(position[..., 1], position[..., 0])
 
     def sky_jacobian(self) -> np.ndarray:
-        """Return d(y, x) [pixels] / d(east, north) [arcsec] at the frame's centre; identity without a WCS."""
+        """Return d(y, x) [pixels] / d(ICRS east, north) [arcsec] at the frame's centre.
+
+        Without a WCS, east and north stand for x and y in pixels.
+        """
         if self.wcs is None:
-            return np.eye(2)
-        center = self.to_sky(self.center)
-        ends = [center.directional_offset_by(angle * u.deg, 1 * u.arcsec) for angle in (90.0, 0.0)]
-        return np.stack([self.to_pixel(end) - self.to_pixel(center) for end in ends], axis=-1)
+            return np.array([[0.0, 1.0], [1.0, 0.0]])
+        center = self.to_sky(self.center).icrs
+        ahead, behind = (
+            self.to_pixel(center.directional_offset_by([90, 0] * u.deg, side * u.arcsec)) for side in (0.5, -0.5)
+        )
+        return (ahead - behind).T
 
 
-def check_channels(channels: Sequence[Channel]) -> tuple[Channel, ...]:
+def check_channels(channels: Sequence[Channel | list]) -> tuple[Channel, ...]:
     """Return the channel names as a tuple; raise ValueError if there is none or one repeats."""
     if isinstance(channels, str):
         channels = (channels,)
@@ -234,7 +248,9 @@ def as_wcs(wcs: WCS | fits.Header | None) -> WCS | None:
     if wcs is None:
         return None
     if isinstance(wcs, fits.Header):
-        wcs = WCS(wcs)
+        # In a cube the first two axes are the sky, mostly; SIP and a 2 x 2 CD matrix are then understood.
+        plane = WCS(wcs, naxis=2)
+        wcs = plane if plane.has_celestial else WCS(wcs)
     if not wcs.has_celestial:
         raise ValueError(f"The WCS must have two celestial axes; got axis types {list(wcs.wcs.ctype)}.")
     return wcs.celestial if wcs.naxis != 2 else wcs
@@ -254,7 +270,7 @@ def pixel_map(source: WCS | None, target: WCS | None, y, x) -> np.ndarray:
 
 
 def _finest_grid(observations, pixel_scale):
-    """Return the observation with the finest pixels, the WCS of the model grid through it, and model pixels per its pixel."""
+    """Return the WCS of the model grid: through the finest observation, subdivided where a PSF is too narrow for it."""
     reference = min(observations, key=lambda obs: pixel_scale_of(obs.wcs))
     scale = pixel_scale_of(reference.wcs)
     if pixel_scale is not None:
@@ -262,7 +278,7 @@ def _finest_grid(observations, pixel_scale):
     else:
         sharpest = min(obs.psf.effective_sigma.min() * pixel_scale_of(obs.wcs) for obs in observations) / scale
         factor = float(max(1, np.ceil(MODEL_PSF_SIGMA / (MODEL_PSF_MARGIN * sharpest) - 1e-6)))
-    grid = reference.wcs if not reference.wcs.has_distortion else _tangent_plane(reference)
+    grid = _tangent_plane(reference) if _is_distorted(reference.wcs) else reference.wcs
     if factor != 1:
         grid = grid.deepcopy()
         grid.wcs.crpix = (grid.wcs.crpix - 0.5) * factor + 0.5
@@ -270,7 +286,12 @@ def _finest_grid(observations, pixel_scale):
             grid.wcs.cd = grid.wcs.cd / factor
         else:
             grid.wcs.cdelt = grid.wcs.cdelt / factor
-    return reference, grid, factor
+    return grid
+
+
+def _is_distorted(wcs: WCS) -> bool:
+    """Return whether a WCS bends straight lines: by SIP, tables, or a polynomial inside its projection (as TPV has)."""
+    return wcs.has_distortion or any(ctype[5:8] in DISTORTED_PROJECTIONS for ctype in wcs.wcs.ctype)
 
 
 def _tangent_plane(obs) -> WCS:
@@ -295,8 +316,8 @@ def _tangent_plane(obs) -> WCS:
     return plane
 
 
-def _footprint(obs, grid, factor) -> Box:
-    """Return the box of model pixels that the centres of an observation's pixels span."""
+def _footprint(obs, grid, *, outwards: bool) -> Box:
+    """Return the box of the model pixels that an observation's pixels touch (`outwards`), or that they cover."""
     height, width = obs.data.shape[-2:]
     y, x = np.mgrid[0 : height - 1 : 33j, 0 : width - 1 : 33j]
     position = pixel_map(obs.wcs, grid, y, x).reshape(-1, 2)
@@ -307,7 +328,10 @@ def _footprint(obs, grid, factor) -> Box:
         )
     margin = 0.0 if grid is None or obs.wcs is None else 0.5 * pixel_scale_of(obs.wcs) / pixel_scale_of(grid) - 0.5
     low, high = position.min(axis=0) - margin, position.max(axis=0) + margin
-    (y0, x0), (y1, x1) = np.ceil(low - 1e-3), np.floor(high + 1e-3) + 1
+    if outwards:
+        (y0, x0), (y1, x1) = np.floor(low + EDGE_TOLERANCE), np.ceil(high - EDGE_TOLERANCE) + 1
+    else:
+        (y0, x0), (y1, x1) = np.ceil(low - EDGE_TOLERANCE), np.floor(high + EDGE_TOLERANCE) + 1
     return Box.from_bounds((int(y0), int(y1)), (int(x0), int(x1)))
 
 

@@ -151,7 +151,7 @@ class ImagePSF(AbstractPSF):
     oversampling: float = eqx.field(static=True)
     center: np.ndarray
 
-    def __init__(self, image, *, oversampling: float = 1, center=None):
+    def __init__(self, image, *, oversampling: int | float = 1, center=None):
         image = np.array(image, dtype=float)
         if image.ndim == 2:
             image = image[None]
@@ -207,12 +207,13 @@ class ImagePSF(AbstractPSF):
                 value[c] = fourier.sample_spectrum(plane, qy[0], qx[:, 0], center, spacing).T
             else:
                 value[c, inside] = fourier.sample_spectrum_nonuniform(plane, qy[inside], qx[inside], center, spacing)
-        return np.where(inside, value, 0.0)
+        # At frequency 0 exactly, whatever the route: flux is conserved.
+        return np.where((qy == 0) & (qx == 0), 1.0, np.where(inside, value, 0.0))
 
 
 def _find_center(plane: np.ndarray, center) -> np.ndarray:
     """Return the position (y, x) that `center` names in one channel's PSF image."""
-    peak = np.unravel_index(np.argmax(plane), plane.shape)
+    peak = tuple(int(i) for i in np.unravel_index(np.argmax(plane), plane.shape))
     if center is None:
         middle = np.array([(n - 1) / 2 for n in plane.shape])
         if any(n % 2 == 0 for n in plane.shape) or np.abs(np.array(peak) - middle).max() > 1:

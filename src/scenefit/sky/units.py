@@ -33,7 +33,7 @@ def nanojansky_per_unit(zeropoint=None, unit=None) -> np.ndarray | None:
         zeropoint = np.asarray(zeropoint, dtype=float)
         if not np.isfinite(zeropoint).all():
             raise ValueError(f"The zeropoint must be a finite AB magnitude; got {zeropoint}.")
-        return 10 ** (-0.4 * (zeropoint - ZEROPOINT_NJY))
+        return np.asarray(10 ** (-0.4 * (zeropoint - ZEROPOINT_NJY)))
     if unit is not None:
         try:
             return np.asarray(u.Unit(unit).to(u.nJy))

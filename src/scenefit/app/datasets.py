@@ -1,0 +1,156 @@
+"""Example fields by name: packaged, downloaded once, or from a local folder.
+
+The environment variable SCENEFIT_DATA names a folder with copies of the files that aren't packaged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+from astropy.coordinates import SkyCoord
+from astropy.table import Table
+
+from scenefit.app.fitsfile import find_hdu, open_fits
+from scenefit.app.io import catalog_in, read_observations
+from scenefit.data.observation import Observation
+
+FOLDER_VARIABLE = "SCENEFIT_DATA"
+"""Environment variable with the folder of local copies."""
+COSMOS_REPOSITORY = "astro-data-lab/scarlet-test-data"
+COSMOS_REMOTE_FILE = "multiresolution_tutorial/data.fits.gz"
+COSMOS_FILE = "cosmos_hst_hsc.fits"
+DECALS_FILE = "decals_59.1067_-30.4848_cutout.fits"
+DECALS_PSF_FILE = "decals_59.1067_-30.4848_psf.fits"
+DECALS_BANDS = ("g", "r", "z")
+DECALS_ZEROPOINT = 22.5
+"""AB magnitude of one nanomaggy, the unit of Legacy Survey images (Dey et al. 2019)."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An example field.
+
+    Attributes
+    ----------
+    observations : tuple of Observation
+    catalog : SkyCoord
+        Positions of its sources.
+    truth : Table or None
+        True positions and fluxes, where the field is simulated.
+    path : Path
+        File with the images.
+    description : str
+    """
+
+    observations: tuple[Observation, ...]
+    catalog: SkyCoord
+    truth: Table | None
+    path: Path
+    description: str
+
+
+def names() -> list[str]:
+    """Return the names that `load` knows."""
+    return list(_LOADERS)
+
+
+def load(name: str) -> Dataset:
+    """Load an example field.
+
+    Parameters
+    ----------
+    name : str
+        "demo": a simulated blend of seven sources seen by HST and HSC, packaged. "cosmos": a real blend in
+        the COSMOS field, HST F814W and HSC grizy; downloaded from Hugging Face once, then cached, unless the
+        folder SCENEFIT_DATA has it. "decals": a real galaxy in Legacy Survey g, r, z images, in that folder.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    ConnectionError
+        If the file isn't there and can't be downloaded.
+    FileNotFoundError
+        If the file isn't there and there is nothing to download it from.
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"Expected the name of a data set, one of {names()}; got {name!r}.")
+    return _LOADERS[name]()
+
+
+def _local_file(name: str) -> Path | None:
+    """Return a file in the folder of local copies, or None."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    path = Path(folder, name) if folder else None
+    return path if path is not None and path.is_file() else None
+
+
+def _load_demo() -> Dataset:
+    """Load the packaged field."""
+    return _from_file(
+        Path(__file__).parent / "data" / "demo_field.fits",
+        "simulated blend of seven sources, HST F814W and HSC grizy",
+    )
+
+
+def _load_cosmos() -> Dataset:
+    """Load the COSMOS field, downloading it if need be."""
+    path = _local_file(COSMOS_FILE)
+    if path is None:
+        try:
+            path = Path(
+                huggingface_hub.hf_hub_download(COSMOS_REPOSITORY, COSMOS_REMOTE_FILE, repo_type="dataset")
+            )
+        except OSError as exc:
+            raise ConnectionError(
+                f"The download of the data set 'cosmos' ({COSMOS_REMOTE_FILE} from "
+                f"https://huggingface.co/datasets/{COSMOS_REPOSITORY}) failed: {exc}. "
+                f"Offline, set {FOLDER_VARIABLE} to a folder that has that file, unzipped, as {COSMOS_FILE}."
+            ) from exc
+    return _from_file(path, "real blend in the COSMOS field, HST F814W and HSC grizy")
+
+
+def _load_decals() -> Dataset:
+    """Load the Legacy Survey galaxy."""
+    path, psf_path = _local_file(DECALS_FILE), _local_file(DECALS_PSF_FILE)
+    if path is None or psf_path is None:
+        raise FileNotFoundError(
+            f"The data set 'decals' is read from a local folder: set {FOLDER_VARIABLE} to one that has "
+            f"{DECALS_FILE} and {DECALS_PSF_FILE} (now: {os.environ.get(FOLDER_VARIABLE) or 'not set'})."
+        )
+    planes = range(len(DECALS_BANDS))
+    with open_fits(path) as images, open_fits(psf_path) as psfs:
+        observation = Observation(
+            np.stack([images[1 + 2 * plane].data for plane in planes]),
+            weights=np.stack([images[2 + 2 * plane].data for plane in planes]),
+            psf=np.stack([psfs[plane].data for plane in planes]),
+            wcs=images[1].header,
+            channels=DECALS_BANDS,
+            name="DECaLS",
+            zeropoint=DECALS_ZEROPOINT,
+        )
+    catalog = SkyCoord([59.1067], [-30.4848], unit="deg")
+    return Dataset((observation,), catalog, None, path, "real galaxy in Legacy Survey g, r, z images")
+
+
+def _from_file(path: Path, description: str) -> Dataset:
+    """Load a multi-instrument FITS file with its catalogue and, if it has one, its truth."""
+    with open_fits(path) as hdus:
+        truth = find_hdu(hdus, "TRUTH")
+        truth = None if truth is None else Table.read(truth)
+    found = catalog_in(path)
+    if found is None:
+        raise ValueError(f"{path}: expected an HDU CATALOG.")
+    return Dataset(tuple(read_observations(path)), found[0], truth, path, description)
+
+
+_LOADERS: dict[str, Callable[[], Dataset]] = {
+    "demo": _load_demo,
+    "cosmos": _load_cosmos,
+    "decals": _load_decals,
+}

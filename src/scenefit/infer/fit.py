@@ -1,0 +1,320 @@
+"""Fitting: find the most probable scene and observation parameters."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from scenefit.arrays.box import Box
+from scenefit.data.observation import Observation
+from scenefit.infer import posterior, solvers
+from scenefit.infer.posterior import Problem, State
+from scenefit.model.morphology import PixelMorphology
+from scenefit.model.packing import component_box
+from scenefit.model.parameters import Parameters
+from scenefit.model.scene import Scene
+from scenefit.model.source import CompositeSource, Source
+from scenefit.sky.frame import pixel_map
+
+FIRST_PRODUCTS, MAX_PRODUCTS = 4, 20
+"""Conjugate-gradient iterations of the first step and of later ones: the first quadratic models aren't worth more."""
+LINEAR_STEPS = 2
+"""First steps in which only fluxes and backgrounds move: an exact linear solve but for the bounds."""
+GROWTH_RATIO, GROWTH_SIGNIFICANCE, MAX_GROWTHS = 1.4, 5.0, 3
+"""A stamp grows by this ratio where the residual light just outside it exceeds so many standard errors, so many times."""
+GROWTH_TOLERANCE = 4.0
+"""Stamps are checked once the fit is within this multiple of its tolerance."""
+
+
+class Status(enum.Enum):
+    """How a fit ended."""
+
+    CONVERGED = "converged"
+    MAX_STEPS = "reached max_steps before it converged"
+    STALLED = "stalled: no step lowers the loss to the precision of the arithmetic"
+    INTERRUPTED = "interrupted"
+
+
+class FitResult(eqx.Module):
+    """The outcome of a fit.
+
+    Attributes
+    ----------
+    scene : Scene
+    observations : tuple of Observation
+        Matched, with fitted offsets and backgrounds.
+    parameters : Parameters
+        What was free.
+    status : Status
+    loss : float
+        Half the chi-square minus the log-prior.
+    history : dict of array
+        One entry a step: "step", "loss", "seconds", "products" (pairs of a forward and an adjoint rendering so far),
+        "projected_gradient", "remaining" (distance to the minimum of the quadratic model: root mean square over the free
+        parameters, in standard deviations).
+    num_steps : int
+    timing : dict of float
+        Seconds by stage.
+    """
+
+    scene: Scene
+    observations: tuple[Observation, ...]
+    parameters: Parameters
+    status: Status = eqx.field(static=True)
+    loss: float
+    history: dict[str, np.ndarray]
+    num_steps: int
+    timing: dict[str, float]
+
+    @property
+    def is_converged(self) -> bool:
+        """Whether the fit met its tolerance."""
+        return self.status is Status.CONVERGED
+
+
+_step = eqx.filter_jit(solvers.gauss_newton_step)
+_residuals = eqx.filter_jit(Problem.residuals)
+
+
+def fit(
+    scene: Scene,
+    observations: Sequence[Observation] | Observation,
+    parameters: Parameters | None = None,
+    *,
+    method: str = "auto",
+    rtol: float = 0.03,
+    max_steps: int = 100,
+    progress: bool = True,
+    callback: Callable[[int, dict], None] | None = None,
+    throw: bool = False,
+) -> FitResult:
+    """Fit a scene, and what is free in the observations, to all data together.
+
+    Minimises half the chi-square minus the log-prior over the free parameters, each in its range.
+
+    Parameters
+    ----------
+    scene : Scene
+        Start; not changed.
+    observations : sequence of Observation
+        Matched to the scene's frame here.
+    parameters : Parameters, optional
+        What is free; `Parameters.default(scene, observations)` if not given.
+    method : "auto" or "gauss-newton"
+        The projected Gauss-Newton solver, see `scenefit.infer.solvers`.
+    rtol : float
+        Converged when the next step, in the quadratic model, would move the free parameters by less than this
+        fraction of their standard deviations (root mean square).
+    max_steps : int
+        Steps at most.
+    progress : bool
+        Whether to show a progress bar on standard error.
+    callback : callable, optional
+        Called after every step with its number and a dict of the history's entries.
+    throw : bool
+        Whether to raise RuntimeError if the fit doesn't converge.
+
+    Returns
+    -------
+    FitResult
+        Also when interrupted (Ctrl-C): then with the best state so far.
+
+    Raises
+    ------
+    ValueError
+        If every observation's shift is free, names repeat, a start is out of its range or the model isn't finite.
+    RuntimeError
+        If `throw` and the fit didn't converge.
+    """
+    if method not in ("auto", "gauss-newton"):
+        raise ValueError(f"method is 'auto' or 'gauss-newton'; got {method!r}.")
+    observations = [observations] if isinstance(observations, Observation) else list(observations)
+    begin = time.perf_counter()
+    observations = [obs.match(scene.frame) for obs in observations]
+    matched = time.perf_counter()
+    parameters = Parameters.default(scene, observations) if parameters is None else parameters
+    parameters.check_anchored()
+    run = _Run(scene, observations, parameters, rtol, max_steps, callback)
+    with tqdm(total=max_steps, desc="fit", disable=not progress, leave=True, unit="step") as bar:
+        status = run.finish(bar)
+    result = run.result(status)
+    end = time.perf_counter()
+    result.timing.update(match=matched - begin, fit=end - matched)
+    if throw and status is not Status.CONVERGED:
+        raise RuntimeError(f"The fit didn't converge: {status.value}, after {result.num_steps} steps.")
+    return result
+
+
+class _Run:
+    """A fit on its way: the present packing and solver state, and the history."""
+
+    def __init__(self, scene, observations, parameters, rtol, max_steps, callback):
+        self.scene, self.observations, self.parameters = scene, observations, parameters
+        self.rtol, self.max_steps, self.callback = rtol, max_steps, callback
+        self.rows: list[dict] = []
+        self.growths, self.first_step = 0, float("nan")
+        self.begin = time.perf_counter()
+        self.pack()
+
+    def pack(self):
+        """Pack the present scene and start the solver on it."""
+        built = posterior.build(self.scene, self.observations, self.parameters)
+        self.problem, state, self.layout = built
+        self.carry = solvers.start(state)
+        self.signs = solvers.probe_signs(self.problem.free.vector)
+
+    def finish(self, bar) -> Status:
+        """Step until converged, stalled, out of steps or interrupted."""
+        try:
+            while len(self.rows) < self.max_steps:
+                self.step(bar)
+                row = self.rows[-1]
+                linear = len(self.rows) <= LINEAR_STEPS
+                if row["accepted"] and not linear:
+                    if row["remaining"] < GROWTH_TOLERANCE * self.rtol and self.grow():
+                        continue
+                    if row["remaining"] < self.rtol:
+                        return Status.CONVERGED
+                if float(self.carry.damping) >= solvers.MAX_DAMPING:
+                    return Status.STALLED
+        except KeyboardInterrupt:
+            return Status.INTERRUPTED
+        return Status.MAX_STEPS
+
+    def step(self, bar):
+        """Take one step and write down what it did."""
+        number = len(self.rows)
+        problem = _linear_only(self.problem) if number < LINEAR_STEPS else self.problem
+        products = min(MAX_PRODUCTS, FIRST_PRODUCTS * (1 + number))
+        carry, report = _step(problem, self.carry, self.signs, jnp.asarray(products))
+        report = jax.device_get(report)
+        if number == 0 and not np.isfinite(report.loss):
+            raise ValueError("The model isn't finite at the start: check the fluxes and shapes of the scene.")
+        self.carry = carry
+        total = self.rows[-1]["products"] if self.rows else 0
+        row = {
+            "step": number,
+            "loss": float(report.loss),
+            "seconds": time.perf_counter() - self.begin,
+            "products": total + int(report.num_products),
+            "projected_gradient": float(report.projected_gradient),
+            "remaining": float(np.sqrt(2 * max(report.decrement, 0.0) / max(int(report.num_free), 1))),
+            "accepted": bool(report.accepted),
+        }
+        self.rows.append(row)
+        bar.update()
+        bar.set_postfix(loss=f"{row['loss']:.6g}", remaining=f"{row['remaining']:.2g}")
+        if self.callback is not None:
+            self.callback(number, row)
+
+    def grow(self) -> bool:
+        """Enlarge the stamps that light leaves; return whether there were any."""
+        if self.growths >= MAX_GROWTHS:
+            return False
+        scene, observations = self.unpack()
+        residuals = jax.device_get(_residuals(self.problem, self.carry.best))
+        grown = {}
+        for path, component in scene.components():
+            if isinstance(component.morphology, PixelMorphology):
+                larger = _grown(component, scene.frame, observations, residuals)
+                if larger is not None:
+                    grown[path] = larger
+        self.growths += 1
+        if not grown:
+            self.growths = MAX_GROWTHS
+            return False
+        sources = {n: _with_components(s, f"sources.{n}", grown) for n, s in scene.sources.items()}
+        self.scene, self.observations = Scene(scene.frame, sources), list(observations)
+        self.parameters = _refreshed(self.parameters, self.scene, self.observations)
+        self.pack()
+        return True
+
+    def unpack(self):
+        """Return the best scene and observations so far."""
+        return posterior.unpack(self.problem, self.carry.best, self.layout, self.scene, self.observations)
+
+    def result(self, status: Status) -> FitResult:
+        """Return the best state so far as a result."""
+        scene, observations = self.unpack()
+        names = [name for name in self.rows[0] if name != "accepted"] if self.rows else []
+        history = {name: np.array([row[name] for row in self.rows]) for name in names}
+        timing = {"first_step": self.rows[0]["seconds"]} if self.rows else {}
+        loss = float(self.carry.loss)
+        return FitResult(scene, observations, self.parameters, status, loss, history, len(self.rows), timing)
+
+
+def _linear_only(problem: Problem) -> Problem:
+    """Return the problem with only fluxes and backgrounds free."""
+    linear = np.zeros(problem.free.vector.shape, bool)
+    for leaf in problem.leaves:
+        if leaf.name in ("flux", "background"):
+            linear[leaf.start : leaf.stop] = True
+    images = tuple(jnp.zeros_like(free) for free in problem.free.images)
+    return eqx.tree_at(lambda p: p.free, problem, State(problem.free.vector & linear, images))
+
+
+def _grown(component: Source, frame, observations, residuals) -> Source | None:
+    """Return the component with a larger stamp if the residuals just outside it are bright, else None.
+
+    The statistic is the sum of the whitened residuals (data minus model) in a ring around the stamp, over its standard
+    error: no bias from the positivity of the pixels.
+    """
+    box = component_box(component, frame)
+    larger = box.grow(max(3, int(round((GROWTH_RATIO - 1) / 2 * max(box.shape))))).intersection(frame.box)
+    if larger.shape == box.shape:
+        return None
+    total, count = 0.0, 0
+    for obs, residual in zip(observations, residuals, strict=True):
+        ring = _ring(box, larger, frame, obs)
+        valid = obs.noise.valid[(slice(None), *obs.renderer.window.slices)] & ring
+        total -= residual[valid].sum()
+        count += valid.sum()
+    if not total > GROWTH_SIGNIFICANCE * np.sqrt(max(count, 1)):
+        return None
+    offset = (box.origin[0] - larger.origin[0], box.origin[1] - larger.origin[1])
+    morphology = component.morphology
+    anchor = (morphology.anchor[0] + offset[0], morphology.anchor[1] + offset[1])
+    image = np.asarray(morphology.padded(larger.shape, offset).image)
+    envelope = morphology.envelope
+    if envelope is not None:
+        margins = [(o, n - o - k) for o, n, k in zip(offset, larger.shape, box.shape, strict=True)]
+        envelope = np.pad(envelope, margins, mode="linear_ramp")
+    return Source(component.center, component.spectrum, PixelMorphology(image, anchor, envelope))
+
+
+def _ring(inner: Box, outer: Box, frame, obs) -> np.ndarray:
+    """Return which pixels of an observation's window lie between two boxes of the frame."""
+    y, x = np.mgrid[obs.renderer.window.slices]
+    position = pixel_map(obs.wcs, frame.wcs, y, x)
+
+    def inside(box):
+        low, high = np.array(box.origin) - 0.5, np.array(box.stop) - 0.5
+        return ((position >= low) & (position < high)).all(axis=-1)
+
+    return inside(outer) & ~inside(inner)
+
+
+def _with_components(source, path, replaced):
+    """Return a source with the components in `replaced` (by path) exchanged."""
+    if isinstance(source, CompositeSource):
+        return CompositeSource({n: _with_components(p, f"{path}.parts.{n}", replaced) for n, p in source.parts.items()})
+    return replaced.get(path, source)
+
+
+def _refreshed(parameters: Parameters, scene: Scene, observations) -> Parameters:
+    """Return the parameters with the shapes, and the priors on pixels, of a scene whose stamps have changed."""
+    table = dict(parameters.table)
+    for new in Parameters.default(scene, observations):
+        old = table[new.path]
+        if old.shape != new.shape:
+            table[new.path] = old.replace(shape=new.shape, prior=None if old.prior is None else new.prior)
+    return Parameters(table, parameters.pixel_scale)
+
+

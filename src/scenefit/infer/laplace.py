@@ -1,0 +1,220 @@
+"""Covariances at the best fit: the inverse of the Gauss-Newton Hessian J^T J plus the curvature of the priors.
+
+`vector_covariance` holds free-pixel images fixed and inverts the information matrix of fluxes, shapes, offsets and
+backgrounds, neighbours included. `marginal_covariance` gives a few coordinates with everything else marginalised, the
+pixels of all images included, by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax import lax
+from scipy.sparse.csgraph import connected_components
+
+from scenefit.data.observation import Observation
+from scenefit.infer.posterior import Layout, Problem, State
+from scenefit.infer.solvers import combine, dot, image_curvature, on_face, prior_terms
+from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
+
+MAX_ITERATIONS = 400
+"""Conjugate-gradient iterations at most for a column of the inverse Hessian."""
+TOLERANCE = 1e-6
+"""Reduction of the preconditioned squared residual at which a column is done: errors good to about a permille."""
+NEGLIGIBLE = 1e-5
+"""Derivative images are cut where they fall below this fraction of their largest value."""
+
+
+def vector_covariance(
+    problem: Problem, state: State, layout: Layout, frame: Frame, observations: Sequence[Observation]
+) -> tuple[np.ndarray, scipy.sparse.csr_matrix]:
+    """Return the covariance of the free vector coordinates, the images held fixed.
+
+    Coordinates of sources whose rendered stamps are apart are differentiated together, so that the number of renderings
+    depends on how crowded the field is, not on how many sources it has.
+
+    Returns
+    -------
+    index : array of int, shape (m,)
+        The free coordinates about which the data or a prior say something.
+    covariance : sparse matrix, shape (m, m)
+        Block-diagonal where sources or channels don't share pixels.
+    """
+    derivative = _derivative_matrix(problem, state, layout, frame, observations)
+    information = (derivative.T @ derivative).tocsr()
+    curvature = np.asarray(prior_terms(problem, state)[2].vector, dtype=float)
+    information = information + scipy.sparse.diags(curvature)
+    free = np.asarray(problem.free.vector) & (information.diagonal() > 0)
+    index = np.nonzero(free)[0]
+    information = information[index][:, index]
+    _, block = connected_components(information, directed=False)
+    order = np.argsort(block, kind="stable")
+    starts = np.concatenate([[0], np.nonzero(np.diff(block[order]))[0] + 1, [len(order)]])
+    blocks = []
+    for first, last in zip(starts[:-1], starts[1:], strict=True):
+        members = order[first:last]
+        blocks.append(_inverse(information[members][:, members].toarray()))
+    inverse = scipy.sparse.block_diag(blocks, format="csr") if blocks else scipy.sparse.csr_matrix((0, 0))
+    place = np.argsort(order)
+    return index, inverse[place][:, place]
+
+
+def marginal_covariance(problem: Problem, state: State, index: Sequence[int]) -> np.ndarray:
+    """Return the covariance of the vector coordinates `index`, everything else marginalised over.
+
+    Pixels and fluxes at a bound count as known; all other free coordinates vary.
+
+    Returns
+    -------
+    array, shape (len(index), len(index))
+    """
+    columns = [np.asarray(_inverse_column(problem, state, jnp.asarray(i)))[list(index)] for i in index]
+    covariance = np.array(columns, dtype=float).reshape(len(columns), len(columns))
+    return 0.5 * (covariance + covariance.T)
+
+
+@eqx.filter_jit
+def _inverse_column(problem: Problem, state: State, number):
+    """Return the vector part of column `number` of the inverse Hessian on the face of coordinates within bounds."""
+    _, forward = jax.linearize(problem.residuals, state)
+    transpose = jax.linear_transpose(forward, state)
+    curvature = prior_terms(problem, state)[2]
+    face = jax.tree.map(
+        lambda x, free, low, high: free & (x > low) & (x < high), state, problem.free, problem.lowest, problem.highest
+    )
+    unit = jax.tree.map(jnp.zeros_like, state)
+    unit = eqx.tree_at(lambda s: s.vector, unit, unit.vector.at[number].set(1.0))
+
+    def product(direction):
+        (result,) = transpose(forward(direction))
+        return on_face(face, jax.tree.map(lambda r, h, v: r + h * v, result, curvature, direction))
+
+    def body(loop):
+        count, solution, remainder, direction, energy, first = loop
+        image = product(direction)
+        length = energy / jnp.maximum(dot(direction, image), 1e-30)
+        remainder = combine(remainder, -length, image)
+        preconditioned = jax.tree.map(jnp.divide, remainder, diagonal)
+        following = dot(remainder, preconditioned)
+        direction_next = combine(preconditioned, following / jnp.maximum(energy, 1e-30), direction)
+        return count + 1, combine(solution, length, direction), remainder, direction_next, following, first
+
+    diagonal = combine(State(_vector_diagonal(product, state), image_curvature(problem, state)), 1.0, curvature)
+    begin = jax.tree.map(jnp.divide, unit, diagonal)
+    energy = dot(unit, begin)
+    loop = lax.while_loop(
+        lambda loop: (loop[0] < MAX_ITERATIONS) & (loop[4] > TOLERANCE * loop[5]),
+        body,
+        (0, jax.tree.map(jnp.zeros_like, state), unit, begin, energy, energy),
+    )
+    return loop[1].vector
+
+
+def _vector_diagonal(product, state: State):
+    """Estimate the diagonal of the Hessian for the vector coordinates by random probes."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    nothing = tuple(jnp.zeros_like(image) for image in state.images)
+
+    def probe(key):
+        signs = jax.random.rademacher(key, state.vector.shape, state.vector.dtype)
+        return jnp.maximum(signs * product(State(signs, nothing)).vector, 0.0)
+
+    estimate = jnp.mean(lax.map(probe, keys), axis=0)
+    return estimate + 1e-6 * jnp.max(estimate, initial=1e-20)
+
+
+@eqx.filter_jit
+def _derivative(problem: Problem, state: State, direction):
+    """Return the derivative of the whitened residuals along a direction of the vector."""
+    tangent = State(direction, tuple(jnp.zeros_like(image) for image in state.images))
+    return jax.jvp(problem.residuals, (state,), (tangent,))[1]
+
+
+def _derivative_matrix(problem, state, layout, frame, observations) -> scipy.sparse.csc_matrix:
+    """Return d(whitened residuals) / d(vector coordinates) as a sparse matrix, shape (pixels, n)."""
+    windows = [_footprints(layout, frame, obs) for obs in observations]
+    colors = _colors(np.concatenate(windows, axis=1)) if layout.members else np.zeros(0, int)
+    groups: dict[tuple, list[tuple[int, int]]] = {}
+    for coordinate, member, slot in _free_coordinates(problem, layout):
+        color = -1 if member < 0 else int(colors[member])
+        groups.setdefault((slot, color), []).append((coordinate, member))
+    starts = np.concatenate([[0], np.cumsum([image.data.size for image in problem.images])])
+    rows, columns, values = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
+    for group in groups.values():
+        direction = np.zeros(len(state.vector))
+        direction[[coordinate for coordinate, _ in group]] = 1.0
+        images = jax.device_get(_derivative(problem, state, jnp.asarray(direction, state.vector.dtype)))
+        for image, start, boxes in zip(images, starts, windows, strict=False):
+            numbers = np.arange(image.size).reshape(image.shape) + start
+            for coordinate, member in group:
+                y0, y1, x0, x1 = boxes[member] if member >= 0 else (0, image.shape[1], 0, image.shape[2])
+                piece = image[:, y0:y1, x0:x1]
+                keep = np.abs(piece) > NEGLIGIBLE * np.abs(piece).max(initial=0.0)
+                rows.append(numbers[:, y0:y1, x0:x1][keep])
+                columns.append(np.full(keep.sum(), coordinate))
+                values.append(piece[keep].astype(float))
+    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    return scipy.sparse.csc_matrix(entries, shape=(int(starts[-1]), len(state.vector)))
+
+
+def _free_coordinates(problem: Problem, layout: Layout):
+    """Yield (coordinate, member or -1, slot) for all free coordinates; -1 for those that belong to no single component."""
+    member_of = {(m.stack, m.row): number for number, m in enumerate(layout.members)}
+    index, free = np.asarray(problem.index), np.asarray(problem.free.vector)
+    uses = np.bincount(index, minlength=len(free))
+    for number, leaf in enumerate(problem.leaves):
+        rows = leaf.shape[0] if leaf.kind == "stack" else 1
+        coordinates = index[leaf.start : leaf.stop].reshape(rows, -1)
+        for row in range(rows):
+            for entry, coordinate in enumerate(coordinates[row]):
+                own = np.arange(leaf.start, leaf.stop).reshape(rows, -1)[row, entry] == coordinate
+                if not (free[coordinate] and own):
+                    continue
+                if leaf.kind == "stack" and uses[coordinate] == 1:
+                    yield coordinate, member_of[leaf.number, row], (leaf.name, entry)
+                else:
+                    yield coordinate, -1, (number, row, entry)
+
+
+def _footprints(layout: Layout, frame: Frame, obs: Observation) -> np.ndarray:
+    """Return (y0, y1, x0, x1) of each component's rendered stamp in an observation's window, shape (member, 4)."""
+    window = obs.renderer.window
+    scale = 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
+    margin = obs.psf.extent + 2 + 2 * scale
+    result = np.zeros((len(layout.members), 4), int)
+    for number, member in enumerate(layout.members):
+        (y0, x0), (y1, x1) = member.box.origin, member.box.stop
+        corners = pixel_map(frame.wcs, obs.wcs, np.array([y0, y0, y1, y1]), np.array([x0, x1, x0, x1]))
+        low = np.floor(corners.min(axis=0) - margin).astype(int) - window.origin
+        high = np.ceil(corners.max(axis=0) + margin).astype(int) + 1 - window.origin
+        low, high = np.clip(low, 0, window.shape), np.clip(high, 0, window.shape)
+        result[number] = low[0], high[0], low[1], high[1]
+    return result
+
+
+def _colors(windows: np.ndarray) -> np.ndarray:
+    """Return numbers such that components of one number have disjoint windows in every observation (greedy)."""
+    count = len(windows)
+    overlap = np.zeros((count, count), bool)
+    for y0, y1, x0, x1 in windows.reshape(count, -1, 4).transpose(1, 2, 0):
+        overlap |= (
+            (y0[:, None] < y1) & (y0 < y1[:, None]) & (x0[:, None] < x1) & (x0 < x1[:, None])
+        )
+    colors = np.full(count, -1)
+    for number in range(count):
+        taken = set(colors[overlap[number]]) - {-1}
+        colors[number] = next(color for color in range(count) if color not in taken)
+    return colors
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Return the inverse of a positive semi-definite matrix, scaled to unit diagonal first; singular directions are huge."""
+    scale = 1 / np.sqrt(np.diag(matrix))
+    values, vectors = np.linalg.eigh(matrix * np.outer(scale, scale))
+    values = np.maximum(values, 1e-12 * values.max())
+    return (vectors / values) @ vectors.T * np.outer(scale, scale)

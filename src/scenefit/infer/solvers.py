@@ -1,0 +1,331 @@
+"""Solver: minimise the loss of a packed problem by projected Gauss-Newton steps.
+
+A step minimises the quadratic model `1/2 |r + J d|^2` by conjugate gradients over the coordinates that aren't held by a
+bound; each product with J^T J is one forward and one adjoint rendering. Fluxes, pixels, shapes, centers and offsets move
+together, so that their covariance never slows the fit down. The end of the step is evaluated where the next one begins:
+if the loss has grown, the step is shortened instead of continued.
+
+(Two-metric projection: Bertsekas 1982, SIAM J. Control Optim. 20, 221, doi:10.1137/0320018. Alternating active-set
+choice and conjugate gradients: More & Toraldo 1991, SIAM J. Optim. 1, 93, doi:10.1137/0801008.)
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from scenefit.arrays.stamps import add_stamps
+from scenefit.infer.posterior import Problem, State
+from scenefit.model.morphology import PixelMorphology
+
+NUM_PROBES = 4
+"""Random probes for the diagonal of J^T J of the vector coordinates."""
+MAX_REJECTIONS = 4
+"""Shortenings of a step, by 4 each, before it is computed anew with more damping."""
+FIRST_DAMPING, MIN_DAMPING, MAX_DAMPING = 1e-3, 1e-8, 1e4
+"""Levenberg-Marquardt damping relative to the diagonal of J^T J; beyond the largest the solver has stalled."""
+ENERGY_TOLERANCE = 1e-4
+"""Reduction of the preconditioned squared residual at which conjugate gradients stop."""
+
+
+class SolverState(eqx.Module):
+    """What is carried from step to step.
+
+    Attributes
+    ----------
+    best : State
+        Lowest loss so far.
+    loss : float
+        Its loss.
+    trial : State
+        To be evaluated next.
+    target : State
+        End of the full step from `best`.
+    curvature : array, shape (n,)
+        Diagonal of J^T J for the vector coordinates; 0 until estimated.
+    damping : float
+    rejections : int
+        How often the present step has been shortened.
+    """
+
+    best: State
+    loss: Float[Array, ""]
+    trial: State
+    target: State
+    curvature: Float[Array, " n"]
+    damping: Float[Array, ""]
+    rejections: Int[Array, ""]
+
+
+class StepReport(eqx.Module):
+    """What one step did.
+
+    Attributes
+    ----------
+    loss : float
+        Of the best state so far.
+    accepted : bool
+        Whether the last step's end was better than its beginning.
+    decrement : float
+        Decrease of the loss that the quadratic model promises for the next step.
+    num_free : int
+        Coordinates not held by a bound.
+    projected_gradient : float
+        Root mean square, over the free coordinates, of the projected gradient in units of the conditional standard
+        deviations: the distance of a diagonal Newton step.
+    num_products : int
+        Products with J^T J: pairs of a forward and an adjoint rendering.
+    """
+
+    loss: Float[Array, ""]
+    accepted: Bool[Array, ""]
+    decrement: Float[Array, ""]
+    num_free: Int[Array, ""]
+    projected_gradient: Float[Array, ""]
+    num_products: Int[Array, ""]
+
+
+class _Loop(eqx.Module):
+    """Carry of the loop over products with J^T J: first the gradient, then the probes, then conjugate gradients."""
+
+    count: Int[Array, ""]
+    gradient: State
+    curvature: Float[Array, " n"]
+    face: State
+    diagonal: State
+    step: State
+    remainder: State
+    direction: State
+    energy: Float[Array, ""]
+    first_energy: Float[Array, ""]
+
+
+def start(state: State) -> SolverState:
+    """Return the solver state to begin with."""
+    dtype = state.vector.dtype
+    return SolverState(
+        best=state,
+        loss=jnp.asarray(jnp.inf, dtype),
+        trial=state,
+        target=state,
+        curvature=jnp.zeros_like(state.vector),
+        damping=jnp.asarray(FIRST_DAMPING, dtype),
+        rejections=jnp.zeros((), jnp.int32),
+    )
+
+
+def probe_signs(free: Bool[Array, " n"]) -> Float[Array, "p n"]:
+    """Return random signs, shape (NUM_PROBES, n), for the coordinates that are free, the same every time."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(NUM_PROBES, len(free)))
+    return jnp.asarray(signs * np.asarray(free), jnp.result_type(float))
+
+
+def gauss_newton_step(
+    problem: Problem, carry: SolverState, signs: Float[Array, "p n"], max_products: Int[Array, ""]
+) -> tuple[SolverState, StepReport]:
+    """Evaluate the trial state; go on from it by a Gauss-Newton step if it is better, else shorten the last step.
+
+    Parameters
+    ----------
+    problem : Problem
+    carry : SolverState
+    signs : array
+        `probe_signs` of the free vector coordinates.
+    max_products : int
+        Conjugate-gradient iterations at most.
+
+    Returns
+    -------
+    SolverState, StepReport
+    """
+    state = carry.trial
+    residual, forward = jax.linearize(problem.residuals, state)
+    transpose = jax.linear_transpose(forward, state)
+    log_prior, prior_gradient, prior_curvature = prior_terms(problem, state)
+    loss = 0.5 * sum(jnp.vdot(r, r) for r in residual) - log_prior + 0.5 * problem.image_penalty(state.images)
+    accepted = loss <= carry.loss
+    damping = jnp.clip(carry.damping * jnp.where(carry.rejections == 0, 0.3, 1.0), MIN_DAMPING, MAX_DAMPING)
+    damping = jnp.where(accepted, damping, carry.damping)
+
+    def product(direction: State, weight) -> State:
+        """Return J^T (J direction + weight residual)."""
+        images = forward(direction)
+        (result,) = transpose(tuple(i + weight * r for i, r in zip(images, residual, strict=True)))
+        return result
+
+    loop = _solve(
+        problem, state, product, prior_gradient, prior_curvature, damping, carry.curvature, signs, accepted, max_products
+    )
+    step = jax.tree.map(
+        lambda f, s, free, g, d: jnp.where(f, s, jnp.where(free, -g / (d * (1 + damping)), 0.0)),
+        loop.face, loop.step, problem.free, loop.gradient, loop.diagonal,
+    )
+    full = problem.project(combine(state, 1.0, step))
+    rejections = jnp.where(accepted, 0, carry.rejections + 1)
+    restart = rejections > MAX_REJECTIONS
+    length = jnp.where(restart, 0.0, 0.25**rejections)
+    best, target = _select(accepted, (state, full), (carry.best, carry.target))
+    trial = problem.project(jax.tree.map(lambda b, t: b + length * (t - b), best, target))
+    report = StepReport(
+        loss=jnp.where(accepted, loss, carry.loss),
+        accepted=accepted,
+        decrement=0.5 * dot(loop.step, jax.tree.map(jnp.negative, loop.gradient)),
+        num_free=sum(jnp.sum(f) for f in jax.tree.leaves(loop.face)),
+        projected_gradient=_scaled_gradient(problem, state, loop),
+        num_products=loop.count + 1,
+    )
+    following = SolverState(
+        best=best,
+        loss=report.loss,
+        trial=trial,
+        target=target,
+        curvature=jnp.where(accepted, loop.curvature, carry.curvature),
+        damping=jnp.where(restart, jnp.minimum(damping * 30, MAX_DAMPING), damping),
+        rejections=jnp.where(restart, 0, rejections),
+    )
+    return following, report
+
+
+def _solve(
+    problem, state, product, prior_gradient, prior_curvature, damping, curvature, signs, accepted, max_products
+) -> _Loop:
+    """Minimise the quadratic model over the face of free coordinates; does nothing unless `accepted`."""
+    num_probes = jnp.where(jnp.max(curvature, initial=0.0) == 0, NUM_PROBES, 0)
+    pixel_curvature = image_curvature(problem, state)
+    nothing = jax.tree.map(jnp.zeros_like, state)
+
+    def precondition(remainder, diagonal):
+        return jax.tree.map(lambda r, d: r / (d * (1 + damping)), remainder, diagonal)
+
+    def begin(loop: _Loop) -> _Loop:
+        """Choose the face and the preconditioner; begin the conjugate gradients."""
+        estimate = jnp.where(num_probes > 0, loop.curvature / NUM_PROBES, curvature)
+        diagonal = State(estimate + 1e-9 * jnp.max(estimate, initial=1e-20), pixel_curvature)
+        diagonal = combine(diagonal, 1.0, prior_curvature)
+        face = jax.tree.map(
+            lambda x, g, d, free, low, high: free & (x - g / d > low) & (x - g / d < high),
+            state, loop.gradient, diagonal, problem.free, problem.lowest, problem.highest,
+        )
+        remainder = on_face(face, jax.tree.map(jnp.negative, loop.gradient))
+        direction = precondition(remainder, diagonal)
+        energy = dot(remainder, direction)
+        return _Loop(
+            loop.count, loop.gradient, estimate, face, diagonal, nothing, remainder, direction, energy, energy
+        )
+
+    def set_up(loop: _Loop, result: State) -> _Loop:
+        """Take in the gradient (first product) or a probe."""
+        first = loop.count == 0
+        gradient = jax.tree.map(lambda r, g: jnp.where(first, r, g), result, loop.gradient)
+        sample = jnp.where(first, 0.0, jnp.maximum(signs[loop.count - 1] * result.vector, 0.0))
+        loop = eqx.tree_at(lambda q: (q.gradient, q.curvature), loop, (gradient, loop.curvature + sample))
+        return lax.cond(loop.count == num_probes, begin, lambda q: q, loop)
+
+    def iterate(loop: _Loop, result: State) -> _Loop:
+        """Take one conjugate-gradient iteration."""
+        damped = jax.tree.map(lambda r, d, v: r + damping * d * v, result, loop.diagonal, loop.direction)
+        damped = on_face(loop.face, damped)
+        length = loop.energy / jnp.maximum(dot(loop.direction, damped), 1e-30)
+        remainder = combine(loop.remainder, -length, damped)
+        preconditioned = precondition(remainder, loop.diagonal)
+        energy = dot(remainder, preconditioned)
+        following = combine(preconditioned, energy / jnp.maximum(loop.energy, 1e-30), loop.direction)
+        step = combine(loop.step, length, loop.direction)
+        return eqx.tree_at(
+            lambda q: (q.step, q.remainder, q.direction, q.energy), loop, (step, remainder, following, energy)
+        )
+
+    def body(loop: _Loop) -> _Loop:
+        first, setting_up = loop.count == 0, loop.count <= num_probes
+        probe = jnp.where(first, 0.0, signs[loop.count - 1])
+        vector = jnp.where(setting_up, probe, loop.direction.vector)
+        images = tuple(jnp.where(setting_up, 0.0, d) for d in loop.direction.images)
+        result = product(State(vector, images), jnp.where(first, 1.0, 0.0))
+        result = jax.tree.map(
+            lambda r, h, v, g: r + h * v + jnp.where(first, g, 0.0),
+            result, prior_curvature, State(vector, images), prior_gradient,
+        )
+        loop = lax.cond(setting_up, set_up, iterate, loop, result)
+        return eqx.tree_at(lambda q: q.count, loop, loop.count + 1)
+
+    def unfinished(loop: _Loop):
+        working = (loop.count < max_products + num_probes + 1) & (loop.energy > ENERGY_TOLERANCE * loop.first_energy)
+        return accepted & ((loop.count <= num_probes) | working)
+
+    zero, free = jnp.zeros((), state.vector.dtype), problem.free
+    ones = jax.tree.map(jnp.ones_like, state)
+    empty = _Loop(
+        jnp.zeros((), jnp.int32), nothing, jnp.zeros_like(curvature), free, ones, nothing, nothing, nothing, zero, zero
+    )
+    return lax.while_loop(unfinished, body, empty)
+
+
+def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w"], ...]:
+    """Return a diagonal that bounds J^T J for the pixels of all images from above.
+
+    With `u_c = sum_s f_sc m_s` and `|R u|^2 <= lambda_c |u|^2`, the Cauchy-Schwarz inequality with weights f gives
+    `D_s(p) = sum_c lambda_c f_sc sum_s' f_s'c` over the sources s' that cover pixel p.
+    """
+    stacks, _ = problem.fill(state)
+    norm = jnp.zeros(problem.canvas[0], state.vector.dtype)
+    for image in problem.images:
+        heaviest = jnp.max(image.noise.whiten(jnp.ones_like(image.data)) ** 2, axis=(1, 2))
+        norm = norm.at[np.array(image.renderer.channels)].add(image.renderer.norm * image.gain**2 * heaviest)
+    cover = jnp.zeros(problem.canvas, state.vector.dtype)
+    for stack in stacks:
+        cover = add_stamps(cover, jnp.abs(stack.spectra), stack.mask.astype(cover.dtype), stack.origin)
+
+    def one(row):
+        origin, spectrum, mask = row
+        start = (jnp.zeros_like(origin[0]), origin[0], origin[1])
+        window = lax.dynamic_slice(cover, start, (cover.shape[0], *mask.shape))
+        return jnp.einsum("c,cyx->yx", norm * jnp.abs(spectrum), window) + 1e-20
+
+    images = [stack for stack in stacks if isinstance(stack.morphology, PixelMorphology)]
+    return tuple(lax.map(one, (stack.origin, stack.spectra, stack.mask)) for stack in images)
+
+
+def prior_terms(problem, state: State):
+    """Return the log-prior of the vector, and gradient and diagonal Hessian (where positive) of minus all log-priors."""
+    vector = state.vector
+    pixels = zip(state.images, problem.image_priors, strict=True)
+    gradient = State(jnp.zeros_like(vector), tuple(weight * (image - mean) for image, (mean, weight) in pixels))
+    curvature = State(jnp.zeros_like(vector), tuple(weight for _, weight in problem.image_priors))
+    if not problem.priors:
+        return jnp.zeros((), vector.dtype), gradient, curvature
+    value, slope = jax.value_and_grad(problem.log_prior)(vector)
+    bend = jax.jvp(jax.grad(problem.log_prior), (vector,), (jnp.ones_like(vector),))[1]
+    return value, State(-slope, gradient.images), State(jnp.maximum(-bend, 0.0), curvature.images)
+
+
+def _scaled_gradient(problem, state, loop: _Loop):
+    """Return the root mean square of the projected diagonal Newton step in conditional standard deviations."""
+    moves = jax.tree.map(
+        lambda x, g, d, free, low, high: jnp.where(free, (jnp.clip(x - g / d, low, high) - x) * jnp.sqrt(d), 0.0),
+        state, loop.gradient, loop.diagonal, problem.free, problem.lowest, problem.highest,
+    )
+    count = sum(jnp.sum(f) for f in jax.tree.leaves(loop.face))
+    return jnp.sqrt(dot(moves, moves) / jnp.maximum(count, 1))
+
+
+def dot(a: State, b: State) -> Float[Array, ""]:
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def combine(a: State, factor, b: State) -> State:
+    """Return a + factor * b."""
+    return jax.tree.map(lambda x, y: x + factor * y, a, b)
+
+
+def on_face(face: State, direction: State) -> State:
+    """Return the direction with the coordinates off the face set to zero."""
+    return jax.tree.map(lambda f, d: jnp.where(f, d, 0.0), face, direction)
+
+
+def _select(condition, yes, no):
+    """Return `yes` or `no`, trees of arrays."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

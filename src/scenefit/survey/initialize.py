@@ -1,0 +1,305 @@
+"""A starting point: sources at given positions, with stamps, images and spectra read off the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import astropy.units as u
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+from astropy.coordinates import SkyCoord
+from scipy import ndimage
+
+from scenefit.arrays.box import Box
+from scenefit.data.observation import Observation
+from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
+from scenefit.model.packing import model_psf_sigma
+from scenefit.model.scene import Scene
+from scenefit.model.source import Source
+from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
+
+RING_SIGMAS = 0.6 * 2.0 ** np.arange(7)
+"""Standard deviations, in model pixels, of the Gaussian rings whose non-negative sum is a source's envelope."""
+RING_EXTENT = 4.0
+"""Half-size, in standard deviations, of the window on which a ring is compared with the data."""
+SHAPE_ROUNDS = 4
+"""Rounds of solving for all rings and measuring every source's shape with the others subtracted."""
+MAX_ELLIPTICITY = 0.85
+"""Largest ellipticity of a starting envelope."""
+MAX_ENTRIES = 40_000_000
+"""Entries of the ring design matrix; a larger one is thinned out by using every second, third ... pixel."""
+MIN_HALF_SIZE = 8
+"""Smallest half stamp size in model pixels."""
+STAMP_FAINT, STAMP_FLUX = 0.03, 0.995
+"""A stamp ends where the envelope falls below this fraction of the noise of a pixel, or holds this fraction of the flux."""
+MAX_DENSE_RINGS = 1000
+"""Columns up to which the rings are solved for with dense matrices."""
+APERTURE_SIGMAS = 2.0
+"""Radius of the aperture for the first spectra, in units of the observed PSF's standard deviation."""
+
+
+def initialize(
+    frame: Frame,
+    observations: Sequence[Observation],
+    catalog: SkyCoord | np.ndarray | None = None,
+    *,
+    model: str = "pixel",
+    half_size=None,
+) -> Scene:
+    """Place a source at each catalogue position and start it from the data.
+
+    The image with the sharpest PSF gives the shapes: a non-negative sum of elliptical Gaussian rings for every source,
+    solved for jointly so that neighbours share the light as least squares has it. (Multi-Gaussian expansion: Emsellem,
+    Monnet & Bacon 1994, A&A 285, 723; Cappellari 2002, MNRAS 333, 400.) This envelope is the start of a free-pixel image
+    and the mean of its prior. The stamp reaches to where the envelope fades into the noise. Spectra start from apertures;
+    `sf.fit` begins by solving for them exactly.
+
+    Parameters
+    ----------
+    frame : Frame
+    observations : sequence of Observation
+    catalog : SkyCoord or array, shape (n, 2)
+        Positions on the sky, or (y, x) on the frame.
+    model : "pixel", "gaussian" or "point"
+        What every source is made of: free non-negative pixels, an elliptical Gaussian, a point.
+    half_size : Quantity, int or None
+        Half the side of all stamps (a number: model pixels) instead of what the data suggest.
+
+    Returns
+    -------
+    Scene
+        Sources are named "0", "1", ... by their place in the catalogue. Those outside the frame are left out, with a
+        warning.
+
+    Raises
+    ------
+    ValueError
+        If there is no catalogue, it has NaN positions, or none of its sources lies in the frame.
+    """
+    observations = [observations] if isinstance(observations, Observation) else list(observations)
+    if model not in ("pixel", "gaussian", "point"):
+        raise ValueError(f"model is 'pixel', 'gaussian' or 'point'; got {model!r}.")
+    centers, names = _centers(frame, catalog)
+    sharpest = min(observations, key=_sky_sigma)
+    image, noise = detection_image(frame, sharpest)
+    psf_sigma = _sky_sigma(sharpest) / (1.0 if frame.wcs is None else frame.pixel_scale)
+    amplitudes, ellipticities = fit_rings(image, centers, psf_sigma)
+    weights = amplitudes.sum(axis=1)
+    sources = {}
+    for n, (name, center) in enumerate(zip(names, centers, strict=True)):
+        half = _half_size(frame, half_size) or _extent(amplitudes[n], ellipticities[n], noise, frame.box)
+        box = Box.around(tuple(center), half).intersection(frame.box)
+        y, x = np.mgrid[box.slices]
+        envelope = _rings(y - center[0], x - center[1], ellipticities[n], model_psf_sigma(frame)) @ amplitudes[n]
+        flux = _aperture_spectrum(frame, observations, center, centers, weights)
+        sources[name] = Source(center, flux, _morphology(model, envelope, center, box))
+    return Scene(frame, sources)
+
+
+def detection_image(frame: Frame, obs: Observation) -> tuple[np.ndarray, float]:
+    """Return the sum of an observation's channels, weighted by inverse variance, on the model pixels.
+
+    Returns
+    -------
+    image : array, shape (y, x)
+        Flux per observed pixel, interpolated linearly; NaN without data.
+    sigma : float
+        Standard deviation of a pixel.
+    """
+    weights = np.where(obs.noise.valid, 1 / obs.noise.level()[:, None, None] ** 2, 0.0)
+    norm = weights.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        plane = np.where(norm > 0, (weights * (obs.data - obs.background[:, None, None])).sum(axis=0) / norm, np.nan)
+    y, x = np.mgrid[: frame.box.shape[0], : frame.box.shape[1]]
+    position = pixel_map(frame.wcs, obs.wcs, y, x)
+    image = ndimage.map_coordinates(plane, [position[..., 0], position[..., 1]], order=1, cval=np.nan)
+    return image, float(1 / np.sqrt(np.median(norm[norm > 0])))
+
+
+def _centers(frame, catalog):
+    """Return positions (n, 2) on the frame and names of the catalogue sources inside it."""
+    if catalog is None:
+        raise ValueError("initialize() wants catalog=: a SkyCoord or an array of positions (y, x), one per source.")
+    positions = np.atleast_2d(frame.to_pixel(catalog))
+    if len(positions) == 0:
+        raise ValueError("The catalogue is empty: nothing to fit.")
+    bad = [int(n) for n in np.nonzero(~np.isfinite(positions).all(axis=1))[0]]
+    if bad:
+        raise ValueError(f"Catalogue positions must be finite and visible from the frame; rows {bad} aren't.")
+    inside = [frame.box.contains(tuple(position)) for position in positions]
+    if not any(inside):
+        raise ValueError(
+            f"None of the {len(positions)} catalogue sources lies in the model frame of {frame.box.shape} pixels; the "
+            f"first is at (y, x) = ({positions[0][0]:.1f}, {positions[0][1]:.1f}). Check coordinates and their units (degrees)."
+        )
+    if not all(inside):
+        outside = [n for n, is_inside in enumerate(inside) if not is_inside]
+        warnings.warn(f"{len(outside)} catalogue source(s) outside the model frame left out: rows {outside}.", stacklevel=3)
+    return positions[inside], [str(n) for n, is_inside in enumerate(inside) if is_inside]
+
+
+def _sky_sigma(obs) -> float:
+    """Return the width of the sharpest PSF of an observation, in arcsec (pixels without a WCS)."""
+    return float(obs.psf.effective_sigma.min()) * (1.0 if obs.wcs is None else pixel_scale_of(obs.wcs))
+
+
+def _half_size(frame, half_size):
+    """Return a half stamp size in model pixels, or None."""
+    if isinstance(half_size, u.Quantity):
+        return int(np.ceil(half_size.to_value(u.arcsec) / frame.pixel_scale))
+    return half_size
+
+
+def fit_rings(image: np.ndarray, centers: np.ndarray, psf_sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fit every source by a non-negative sum of elliptical Gaussian rings, all together.
+
+    Parameters
+    ----------
+    image : array, shape (y, x)
+        NaN where there are no data.
+    centers : array, shape (n, 2)
+    psf_sigma : float
+        Standard deviation of the image's PSF in pixels.
+
+    Returns
+    -------
+    amplitudes : array, shape (n, ring)
+        Total flux of each ring; at least a trace in the second.
+    ellipticities : array, shape (n, 2)
+        `(1 - q^2) / (1 + q^2) (cos 2 theta, sin 2 theta)` of all rings of a source.
+    """
+    ellipticities = np.zeros((len(centers), 2))
+    windows = [_ring_windows(center, psf_sigma, image.shape) for center in centers]
+    size = sum(box.shape[0] * box.shape[1] for boxes in windows for box in boxes)
+    stride = int(np.ceil(np.sqrt(size / MAX_ENTRIES)))
+    for _ in range(SHAPE_ROUNDS):
+        design = _design(image, centers, ellipticities, windows, psf_sigma, stride)
+        amplitudes = _solve_rings(design, image).reshape(len(centers), len(RING_SIGMAS))
+        rest = image - (design @ amplitudes.ravel()).reshape(image.shape) if stride == 1 else image
+        for n, center in enumerate(centers):
+            ellipticities[n] = _ring_shape(rest, center, amplitudes[n], ellipticities[n], psf_sigma)
+    trace = 1e-3 * max(amplitudes.max(), 1e-30)
+    amplitudes[:, 1] = np.where(amplitudes.sum(axis=1) > trace, amplitudes[:, 1], trace)
+    return amplitudes, ellipticities
+
+
+def _rings(y, x, ellipticity, psf_sigma) -> np.ndarray:
+    """Return all rings at offsets (y, x) from the center, shape (..., ring), each of unit integral."""
+    norm = ellipticity[0] ** 2 + ellipticity[1] ** 2
+    mean = RING_SIGMAS**2 / np.sqrt(1 - norm)
+    xx, yy = mean * (1 + ellipticity[0]) + psf_sigma**2, mean * (1 - ellipticity[0]) + psf_sigma**2
+    xy = mean * ellipticity[1]
+    determinant = xx * yy - xy**2
+    y, x = y[..., None], x[..., None]
+    exponent = (xx * y**2 - 2 * xy * x * y + yy * x**2) / determinant
+    return np.exp(-0.5 * exponent) / (2 * np.pi * np.sqrt(determinant))
+
+
+def _ring_windows(center, psf_sigma, shape) -> list[Box]:
+    """Return the windows on which the rings of a source are compared with the data."""
+    half = np.ceil(RING_EXTENT * np.hypot(RING_SIGMAS, psf_sigma)).astype(int)
+    return [Box.around(tuple(center), int(h)).intersection(Box(shape)) for h in half]
+
+
+def _design(image, centers, ellipticities, windows, psf_sigma, stride) -> scipy.sparse.csc_matrix:
+    """Return the rings of all sources as columns over the pixels of the image."""
+    number = np.arange(image.size).reshape(image.shape)
+    rows, columns, values = [], [], []
+    for n, (center, boxes) in enumerate(zip(centers, windows, strict=True)):
+        for k, box in enumerate(boxes):
+            step = stride if RING_SIGMAS[k] > 2 * stride else 1
+            window = tuple(slice(s.start, s.stop, step) for s in box.slices)
+            y, x = np.mgrid[window]
+            piece = _rings(y - center[0], x - center[1], ellipticities[n], psf_sigma)[..., k]
+            rows.append(number[window].ravel())
+            columns.append(np.full(piece.size, n * len(RING_SIGMAS) + k))
+            values.append(piece.ravel())
+    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    return scipy.sparse.csc_matrix(entries, shape=(image.size, len(centers) * len(RING_SIGMAS)))
+
+
+def _solve_rings(design, image) -> np.ndarray:
+    """Return the non-negative amplitudes that fit the finite pixels best."""
+    flat = image.ravel()
+    valid = np.isfinite(flat)
+    design, flat = design[valid], flat[valid]
+    gram, projection = (design.T @ design), design.T @ flat
+    if gram.shape[0] <= MAX_DENSE_RINGS:
+        # min |L^T a - L^-1 p|^2 over a >= 0 is the same problem in as many rows as columns.
+        dense = gram.toarray()
+        dense[np.diag_indices_from(dense)] *= 1 + 1e-8
+        lower = np.linalg.cholesky(dense)
+        return scipy.optimize.nnls(lower.T, np.linalg.solve(lower, projection), maxiter=50 * len(dense))[0]
+    return scipy.optimize.lsq_linear(design, flat, bounds=(0, np.inf), lsmr_tol="auto", max_iter=50).x
+
+
+def _ring_shape(rest, center, amplitudes, ellipticity, psf_sigma) -> np.ndarray:
+    """Return the ellipticity of a source from the moments of its model plus what all models leave of the data."""
+    if not amplitudes.sum() > 0:
+        return ellipticity
+    size = float(np.sqrt((amplitudes * RING_SIGMAS).sum() / amplitudes.sum() * RING_SIGMAS[0] + 1.0)) * 2
+    size = max(size, 0.7 * float((amplitudes * RING_SIGMAS).sum() / amplitudes.sum()))
+    variance = size**2 + psf_sigma**2
+    box = Box.around(tuple(center), int(np.ceil(4 * np.sqrt(variance)))).intersection(Box(rest.shape))
+    y, x = np.mgrid[box.slices]
+    y, x = y - center[0], x - center[1]
+    own = _rings(y, x, ellipticity, psf_sigma) @ amplitudes + np.nan_to_num(rest[box.slices])
+    weight = own * np.exp(-0.5 * (y**2 + x**2) / variance)
+    total = weight.sum()
+    if not total > 0:
+        return ellipticity
+    measured = np.array([[(weight * x * x).sum(), (weight * x * y).sum()], [0.0, (weight * y * y).sum()]]) / total
+    measured[1, 0] = measured[0, 1]
+    inverse = np.linalg.inv(measured) - np.eye(2) / variance
+    values = np.linalg.eigvalsh(inverse)
+    if values.min() <= 1e-3 / variance:
+        return ellipticity
+    moments = np.linalg.inv(inverse) - psf_sigma**2 * np.eye(2)
+    trace = moments[0, 0] + moments[1, 1]
+    if trace < 0.5 * psf_sigma**2:
+        return np.zeros(2)
+    new = np.array([moments[0, 0] - moments[1, 1], 2 * moments[0, 1]]) / trace
+    return new * min(1.0, MAX_ELLIPTICITY / max(np.hypot(*new), 1e-9))
+
+
+def _extent(amplitudes, ellipticity, noise, frame_box) -> int:
+    """Return the half-size of a stamp: where the envelope is lost in the noise, or holds nearly all flux."""
+    norm = np.hypot(*ellipticity)
+    stretch = ((1 + norm) / (1 - norm)) ** 0.25
+    radius = np.arange(0.5, max(frame_box.shape))
+    profile = _rings(np.zeros_like(radius), radius / stretch, np.zeros(2), 1.0) @ amplitudes
+    growth = np.cumsum(profile * radius)
+    end = min(np.searchsorted(-profile, -STAMP_FAINT * noise), np.searchsorted(growth, STAMP_FLUX * growth[-1]))
+    return max(MIN_HALF_SIZE, int(end) + 2)
+
+
+def _aperture_spectrum(frame, observations, center, centers, weights):
+    """Return first fluxes in all channels of the frame: aperture sums, shared with the neighbours inside."""
+    flux = np.zeros(len(frame.channels))
+    for obs in observations:
+        position = pixel_map(frame.wcs, obs.wcs, centers[:, 0], centers[:, 1])
+        own = pixel_map(frame.wcs, obs.wcs, center[0], center[1])
+        y, x = np.mgrid[: obs.shape[1], : obs.shape[2]]
+        radius = max(1.5, APERTURE_SIGMAS * float(obs.psf.effective_sigma.max()))
+        inside = np.hypot(y - own[0], x - own[1]) <= radius
+        near = np.hypot(*(position - own).T) <= radius
+        share = weights[np.hypot(*(centers - center).T) < 1e-9][0] / weights[near].sum() if near.any() else 1.0
+        sums = ((obs.data - obs.background[:, None, None]) * (inside & obs.noise.valid)).sum(axis=(1, 2))
+        floor = 0.1 * obs.noise.level() * np.sqrt(max(inside.sum(), 1))
+        index = list(frame.channel_index(obs.channels))
+        flux[index] = np.maximum(flux[index], np.maximum(2 * share * sums, floor))
+    return flux
+
+
+def _morphology(model, start, center, box):
+    """Return the starting morphology of the named kind from a starting image on `box`."""
+    if model == "point":
+        return PointMorphology()
+    if model == "gaussian":
+        y, x = np.mgrid[box.slices]
+        variance = 0.5 * (start * ((y - center[0]) ** 2 + (x - center[1]) ** 2)).sum() / start.sum()
+        return GaussianMorphology(float(np.sqrt(max(variance, 0.25))) * 0.8)
+    nearest = np.rint(center).astype(int)
+    return PixelMorphology(start, (int(nearest[0]) - box.origin[0], int(nearest[1]) - box.origin[1]), envelope=start)

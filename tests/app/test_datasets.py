@@ -1,0 +1,128 @@
+import os
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from scenefit.app import datasets
+
+FOLDER = os.environ.get("SCENEFIT_DATA")
+DEMO = Path(datasets.__file__).parent / "data" / "demo_field.fits"
+needs_folder = pytest.mark.skipif(not FOLDER, reason="SCENEFIT_DATA names no folder with example data")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Let every download fail as it does without a network."""
+
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("no connection to the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+
+
+@pytest.fixture
+def empty_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCENEFIT_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_names():
+    assert datasets.names() == ["demo", "cosmos", "decals"]
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"one of \['demo', 'cosmos', 'decals'\]; got 'moon'"):
+        datasets.load("moon")
+
+
+def test_demo():
+    demo = datasets.load("demo")
+    hst, hsc = demo.observations
+    assert (hst.name, hsc.name) == ("HST", "HSC")
+    assert (hst.channels, hsc.channels) == (("F814W",), ("g", "r", "i", "z", "y"))
+    assert {hst.flux_unit, hsc.flux_unit} == {"nJy"}
+    assert demo.path == DEMO
+    assert len(demo.catalog) == len(demo.truth) == 7
+    # The catalogue has errors of 5 mas.
+    offset = demo.catalog.ra.deg - demo.truth["ra"]
+    assert np.abs(offset * 3600).max() < 0.03
+    assert demo.description
+
+
+def test_cosmos_is_downloaded(monkeypatch):
+    monkeypatch.delenv("SCENEFIT_DATA", raising=False)
+    asked = []
+
+    def download(*args, **kwargs):
+        asked.append((args, kwargs))
+        return str(DEMO)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert len(datasets.load("cosmos").observations) == 2
+    repository = ("astro-data-lab/scarlet-test-data", "multiresolution_tutorial/data.fits.gz")
+    assert asked == [(repository, {"repo_type": "dataset"})]
+
+
+def test_cosmos_from_a_folder(empty_folder):
+    (empty_folder / "cosmos_hst_hsc.fits").write_bytes(DEMO.read_bytes())
+    assert datasets.load("cosmos").path == empty_folder / "cosmos_hst_hsc.fits"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("no connection to the Hub"),
+        OfflineModeIsEnabled("no connection to the Hub"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_cosmos_offline(monkeypatch, empty_folder, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    message = (
+        r"download of the data set 'cosmos' .*no connection to the Hub.*SCENEFIT_DATA.*cosmos_hst_hsc\.fits"
+    )
+    with pytest.raises(ConnectionError, match=message):
+        datasets.load("cosmos")
+
+
+@pytest.mark.parametrize("folder", [None, "somewhere"])
+def test_decals_needs_a_folder(monkeypatch, folder):
+    if folder is None:
+        monkeypatch.delenv("SCENEFIT_DATA", raising=False)
+    else:
+        monkeypatch.setenv("SCENEFIT_DATA", folder)
+    with pytest.raises(
+        FileNotFoundError, match=rf"set SCENEFIT_DATA to .*cutout\.fits .*now: {folder or 'not set'}"
+    ):
+        datasets.load("decals")
+
+
+@needs_folder
+def test_real_cosmos():
+    cosmos = datasets.load("cosmos")
+    hst, hsc = cosmos.observations
+    assert (hst.channels, hsc.channels) == (("F814W",), ("g", "r", "i", "z", "y"))
+    assert (hst.shape, hsc.shape) == ((1, 250, 250), (5, 50, 50))
+    assert cosmos.catalog.frame.name == "fk5"
+    # All catalogue positions lie on the HST image.
+    x, y = hst.wcs.world_to_pixel(cosmos.catalog)
+    assert ((x > 0) & (x < 249) & (y > 0) & (y < 249)).all()
+    assert cosmos.truth is None
+
+
+@needs_folder
+def test_real_decals():
+    decals = datasets.load("decals")
+    (observation,) = decals.observations
+    assert observation.channels == ("g", "r", "z")
+    assert observation.shape == (3, 256, 256)
+    np.testing.assert_allclose(observation.nanojansky, 3630.78, rtol=1e-5)
+    # The galaxy lies in the middle of the cutout.
+    x, y = observation.wcs.world_to_pixel(decals.catalog[0])
+    assert np.hypot(x - 127.5, y - 127.5) < 5

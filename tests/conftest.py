@@ -1,0 +1,61 @@
+"""Precision, keys and data shared by all tests. Functions that build small inputs are in `tests/helpers.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--x64", action="store_true", help="run JAX in double precision (default: single)")
+
+
+def pytest_configure(config):
+    if config.getoption("--x64"):
+        jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture
+def key():
+    """Random key of JAX, the same in every run."""
+    return jax.random.key(2025)
+
+
+@pytest.fixture
+def rng():
+    """Random generator of NumPy, the same in every run."""
+    return np.random.default_rng(2025)
+
+
+@pytest.fixture
+def eps() -> float:
+    """Rounding error of JAX's default floating-point type in this run."""
+    return float(jnp.finfo(jnp.result_type(float)).eps)
+
+
+@pytest.fixture
+def scenefit_data() -> Path:
+    """Folder with the public data files, from the environment variable SCENEFIT_DATA; skips without it."""
+    folder = os.environ.get("SCENEFIT_DATA")
+    if not folder:
+        pytest.skip("SCENEFIT_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def rendering_benchmark():
+    """Return the module benchmarks/rendering.py, whose comparison with GalSim the tests assert."""
+    pytest.importorskip("galsim")
+    path = Path(__file__).parents[1] / "benchmarks" / "rendering.py"
+    spec = importlib.util.spec_from_file_location("rendering_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,342 @@
+import astropy.units as u
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from astropy.io import fits
+from astropy.wcs import WCS
+
+from scenefit.data.noise import WhiteNoise
+from scenefit.data.observation import Astrometry, Observation
+from scenefit.sky.frame import Frame
+from scenefit.sky.psf import GaussianPSF, ImagePSF
+from tests.helpers import gaussian_image, make_observation, tangent_header, tangent_wcs
+
+SHAPE = (2, 12, 14)
+CHANNELS = ("g", "r")
+
+
+@pytest.fixture
+def data(rng):
+    return rng.normal(10, 3, SHAPE)
+
+
+def observe(data, **options):
+    options = {"weights": 1.0, "psf": GaussianPSF(1.5), "channels": CHANNELS[: len(np.atleast_3d(data.T).T)], **options}
+    return Observation(data, **options)
+
+
+@pytest.fixture
+def frame():
+    return Frame(SHAPE[1:], channels=CHANNELS)
+
+
+@pytest.fixture
+def model():
+    """A model image of two galaxies on a pixel frame."""
+    image = 50 * gaussian_image(SHAPE[1:], (6, 6), 1.6) + 30 * gaussian_image(SHAPE[1:], (4, 9), 2.0)
+    return np.stack([image, 0.3 * image])
+
+
+# ---- construction
+
+
+@pytest.mark.parametrize("kind", [">f4", "<f4", ">f8", "<f8", ">i2", "<i4", "uint16"])
+def test_any_number_type_and_byte_order(data, kind):
+    stored = np.round(data).astype(kind)
+    obs = observe(stored, weights=np.ones(SHAPE, dtype=">f4"))
+    assert obs.data.dtype == np.dtype(float)
+    assert obs.data.dtype.isnative
+    np.testing.assert_array_equal(obs.data, np.round(data))
+
+
+def test_memory_mapped_fits_arrays(data, tmp_path):
+    path = tmp_path / "image.fits"
+    header = tangent_header(SHAPE[1:])
+    units = [fits.PrimaryHDU(data.astype("f4"), header), fits.ImageHDU(np.full(SHAPE, 4, "f4"))]
+    fits.HDUList(units).writeto(path)
+    with fits.open(path, memmap=True) as hdus:
+        obs = observe(hdus[0].data, weights=hdus[1].data, wcs=fits.Header(hdus[0].header))
+        stored = hdus[0].data.astype(float)
+    np.testing.assert_array_equal(obs.data, stored)
+    np.testing.assert_array_equal(obs.noise.weights, 4.0)
+
+
+def test_the_data_handed_in_stay_as_they_are(data):
+    data[0, 0, 0] = np.nan
+    before, weights = data.copy(), np.full(SHAPE, 2.0)
+    obs = observe(data, weights=weights, zeropoint=25.0, mask=data > 12)
+    obs.data[:] = 0
+    np.testing.assert_array_equal(data, before)
+    np.testing.assert_array_equal(weights, 2.0)
+
+
+def test_a_plane_is_one_channel(data):
+    obs = observe(data[0], channels="g")
+    assert obs.shape == (1, *SHAPE[1:])
+    np.testing.assert_array_equal(obs.data[0], data[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"weights": 4.0}, 4.0),
+        ({"variance": 0.25}, 4.0),
+        ({"sigma": 0.5}, 4.0),
+        ({"weights": [1.0, 4.0]}, np.array([1.0, 4.0])[:, None, None]),
+        ({"sigma": np.array([1.0, 0.5])}, np.array([1.0, 4.0])[:, None, None]),
+        ({"weights": np.full(SHAPE[1:], 3)}, 3.0),
+        ({"variance": np.full(SHAPE, 0.5)}, 2.0),
+        ({"sigma": np.where(np.arange(14) == 3, np.inf, 1.0) * np.ones(SHAPE)}, 1.0 * (np.arange(14) != 3)),
+        ({"weights": None, "noise": WhiteNoise(np.full(SHAPE, 5.0))}, 5.0),
+    ],
+    ids=["weight", "variance", "sigma", "weights", "sigmas", "weight map", "variances", "infinite", "noise"],
+)
+def test_every_way_to_give_the_noise(data, options, expected):
+    obs = observe(data, **{"weights": None, **options})
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(obs.noise.weights, np.broadcast_to(expected, SHAPE), rtol=1e-12)
+
+
+def test_nan_mask_and_weight_zero_mean_the_same(data, rng, frame, model):
+    bad = rng.random(SHAPE) < 0.2
+    weights = rng.uniform(0.5, 2, SHAPE)
+    variants = [
+        observe(np.where(bad, np.nan, data), weights=weights),
+        observe(np.where(bad, np.inf, data), weights=weights),
+        observe(data, weights=weights, mask=bad),
+        observe(data, weights=weights, mask=bad.astype("uint8")),
+        observe(data, weights=np.where(bad, 0.0, weights)),
+        observe(data, weights=None, variance=np.where(bad, np.inf, 1 / weights)),
+    ]
+    for obs in variants:
+        assert (obs.data[bad] == 0).all()
+        np.testing.assert_array_equal(obs.noise.valid, ~bad)
+    values = [obs.match(frame).log_likelihood(model) for obs in variants]
+    # 1e-6: 1 / (1 / w) rounds.
+    np.testing.assert_allclose(values, values[0], rtol=1e-6)
+
+
+def test_a_mask_of_one_plane_holds_for_all_channels(data):
+    mask = np.zeros(SHAPE[1:], dtype=bool)
+    mask[3, 4] = True
+    np.testing.assert_array_equal(observe(data, mask=mask).noise.valid, np.broadcast_to(~mask, SHAPE))
+
+
+def test_a_band_without_valid_pixels_is_legal(data, frame, model):
+    data[1] = np.nan
+    obs = observe(data).match(frame)
+    chi_square = obs.chi_square(model)
+    assert chi_square[1] == 0
+    assert chi_square[0] == observe(data[0], channels="g").match(frame).chi_square(model)[0]
+    assert np.isfinite(obs.log_likelihood(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"zeropoint": 27.0}, (27.0 * u.ABmag).to_value(u.nJy)),
+        ({"zeropoint": [27.0, 30.0]}, ([27.0, 30.0] * u.ABmag).to_value(u.nJy)),
+        ({"unit": "uJy"}, 1e3),
+        ({"unit": u.Jy}, 1e9),
+    ],
+    ids=["zeropoint", "zeropoints", "uJy", "Jy"],
+)
+def test_fluxes_become_nanojansky(data, options, expected):
+    weights = np.full(SHAPE, 2.0)
+    obs = observe(data, weights=weights, background=[0.5, 1.0], **options)
+    factor = np.broadcast_to(expected, 2)
+    assert obs.flux_unit == "nJy"
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(obs.nanojansky, factor, rtol=1e-12)
+    np.testing.assert_allclose(obs.data, data * factor[:, None, None], rtol=1e-12)
+    np.testing.assert_allclose(obs.noise.weights, weights / factor[:, None, None] ** 2, rtol=1e-12)
+    np.testing.assert_allclose(obs.background, [0.5, 1.0] * factor, rtol=1e-12)
+
+
+def test_without_zeropoint_the_units_stay(data):
+    obs = observe(data)
+    assert obs.flux_unit == "data units"
+    np.testing.assert_array_equal(obs.nanojansky, [1.0, 1.0])
+    np.testing.assert_array_equal(obs.data, data)
+
+
+@pytest.mark.parametrize("psf", [GaussianPSF(1.5), gaussian_image((9, 9), (4, 4), 1.5)])
+def test_psf_or_its_image(data, psf):
+    assert observe(data, psf=psf).psf.num_channels == 1
+
+
+def test_wcs_or_its_header(data):
+    header = tangent_header(SHAPE[1:])
+    from_header, from_wcs = observe(data, wcs=header), observe(data, wcs=WCS(header))
+    assert from_header.wcs.to_header_string() == from_wcs.wcs.to_header_string()
+
+
+# ---- prediction and comparison
+
+
+def test_render_adds_the_background(data, frame, model):
+    plain, lifted = observe(data).match(frame), observe(data, background=[1.0, 2.0]).match(frame)
+    # 1e-12: the same rendering plus a constant in float64.
+    np.testing.assert_allclose(lifted.render(model), plain.render(model) + np.array([1.0, 2.0])[:, None, None], rtol=1e-12)
+    np.testing.assert_allclose(plain.with_background([1.0, 2.0]).render(model), lifted.render(model), rtol=1e-12)
+
+
+def test_render_needs_a_renderer(data, model):
+    with pytest.raises(ValueError, match=r"obs-x has no renderer yet: use obs\.match\(frame\)"):
+        observe(data, name="obs-x").render(model)
+
+
+def test_outside_the_frame_there_is_only_background():
+    obs = make_observation((20, 20), background=0.5)
+    small = Frame((8, 8), channels="g", wcs=tangent_wcs((8, 8), 0.1))
+    image = obs.match(small).render(100 * gaussian_image((1, 8, 8)[1:], (3, 3), 1.2)[None])
+    # Pixel centres fall on pixel centres: the frame is the 8 x 8 pixels in the middle.
+    outside = np.ones((20, 20), dtype=bool)
+    outside[6:14, 6:14] = False
+    assert (image[0][outside] == 0.5).all()
+    assert (image[0][~outside] > 0.5).all()
+
+
+def test_residual_chi_square_and_likelihood(data, rng, frame, model):
+    weights = rng.uniform(0.5, 2, SHAPE)
+    weights[0, 2] = 0
+    obs = observe(data, weights=weights, background=0.3).match(frame)
+    valid, prediction = weights > 0, obs.render(model)
+    residual = np.where(valid, data - prediction, 0)
+    np.testing.assert_array_equal(obs.residual(model), residual)
+    # 1e-5: sums of 168 squares in single precision.
+    np.testing.assert_allclose(obs.chi_square(model), (weights * residual**2).sum(axis=(1, 2)), rtol=1e-5)
+    expected = scipy.stats.norm(prediction[valid], 1 / np.sqrt(weights[valid])).logpdf(data[valid]).sum()
+    assert obs.log_likelihood(model) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e10])
+def test_the_unit_of_the_data_does_not_matter(data, rng, frame, model, factor):
+    weights = rng.uniform(0.5, 2, SHAPE)
+    plain = observe(data, weights=weights, background=0.3).match(frame)
+    scaled = observe(data * factor, weights=weights / factor**2, background=0.3 * factor).match(frame)
+    # 1e-5: single precision inside.
+    np.testing.assert_allclose(scaled.render(model * factor), plain.render(model) * factor, rtol=1e-5)
+    np.testing.assert_allclose(scaled.chi_square(model * factor), plain.chi_square(model), rtol=1e-5)
+    num_valid = data.size
+    change = scaled.log_likelihood(model * factor) - plain.log_likelihood(model)
+    assert change == pytest.approx(-num_valid * np.log(factor), rel=1e-5)
+
+
+@pytest.mark.parametrize("zeropoint", [10.0, 60.0])
+def test_the_zeropoint_does_not_matter(data, frame, model, zeropoint):
+    plain, scaled = observe(data).match(frame), observe(data, zeropoint=zeropoint).match(frame)
+    # 1e-5: single precision inside.
+    np.testing.assert_allclose(scaled.chi_square(model * scaled.nanojansky[0]), plain.chi_square(model), rtol=1e-5)
+
+
+def test_noise_of_the_truth_has_unit_chi_square(key):
+    frame = Frame((40, 40), channels="g")
+    model = 1e3 * gaussian_image((40, 40), (19, 21), 3.0)[None]
+    blank = make_observation((40, 40), wcs=None, data=np.zeros((1, 40, 40)), sigma=2.5).match(frame)
+    noisy = blank.render(model) + np.asarray(blank.noise.sample(key))
+    obs = make_observation((40, 40), wcs=None, data=noisy, sigma=2.5).match(frame)
+    # 4 standard deviations of the chi-square of 1600 pixels.
+    assert obs.chi_square(model)[0] / 1600 == pytest.approx(1.0, abs=4 * np.sqrt(2 / 1600))
+
+
+def test_changed_copies_leave_the_original(data):
+    obs = observe(data)
+    moved = obs.with_shift((0.1, -0.2))
+    np.testing.assert_array_equal(moved.astrometry.shift, [0.1, -0.2])
+    np.testing.assert_array_equal(obs.astrometry.shift, [0.0, 0.0])
+    np.testing.assert_array_equal(obs.with_background(2.0).background, [2.0, 2.0])
+    np.testing.assert_array_equal(obs.background, [0.0, 0.0])
+
+
+def test_match_leaves_the_original(data, frame):
+    obs = observe(data)
+    assert obs.match(frame).renderer is not None
+    assert obs.renderer is None
+
+
+@pytest.mark.parametrize("shift", [[30, -20] * u.mas, [0.03, -0.02] * u.arcsec, (0.03, -0.02)])
+def test_shifts_take_units(shift):
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(Astrometry(shift).shift, [0.03, -0.02], rtol=1e-12)
+
+
+def test_an_observation_is_a_tree_of_arrays(data, frame):
+    obs = observe(data).match(frame)
+    leaves, structure = jax.tree.flatten(obs)
+    rebuilt = jax.tree.unflatten(structure, leaves)
+    np.testing.assert_array_equal(rebuilt.data, obs.data)
+    assert rebuilt.channels == CHANNELS
+
+
+# ---- bad input
+
+NAN = np.where(np.arange(81).reshape(9, 9) == 7, np.nan, gaussian_image((9, 9), (4, 4), 1.0))
+BAD_INPUT = {
+    "axes": (np.ones(5), {}, ValueError, r"shape \(y, x\) or \(channel, y, x\) with at least one pixel; got \(5,\)"),
+    "no pixels": (np.ones((1, 0, 5)), {}, ValueError, r"with at least one pixel; got \(1, 0, 5\)"),
+    "complex": (np.ones((5, 5), complex), {}, TypeError, "must be real numbers; got an array of type complex128"),
+    "text": (np.array([["a", "b"]]), {}, TypeError, "must be real numbers; got an array of type <U1"),
+    "channel count": (None, {"channels": ("g",)}, ValueError, r"has 2 channel\(s\), but 1 channel name\(s\) were given"),
+    "repeated": (None, {"channels": ("g", "g")}, ValueError, r"must be distinct .*got \['g', 'g'\], where g repeat"),
+    "weights shape": (None, {"weights": np.ones((3, 12, 14))}, ValueError, r"weights of shape \(3, 12, 14\) doesn't match"),
+    "sigma shape": (None, {"weights": None, "sigma": np.ones(5)}, ValueError, r"sigma of shape \(5,\) doesn't match data"),
+    "negative weights": (None, {"weights": -1.0}, ValueError, "finite and >= 0; got 336 negative"),
+    "NaN weights": (None, {"weights": [1.0, np.nan]}, ValueError, r"got 168 NaN value\(s\), the first at .* = \(1, 0, 0\)"),
+    "negative variance": (None, {"weights": None, "variance": -1.0}, ValueError, "variance must be positive"),
+    "zero sigma": (None, {"weights": None, "sigma": [1.0, 0.0]}, ValueError, "sigma must be positive .*got NaN or <= 0"),
+    "NaN sigma": (None, {"weights": None, "sigma": np.nan}, ValueError, "sigma must be positive .*got NaN or <= 0"),
+    "no noise": (None, {"weights": None}, ValueError, "exactly one of weights=, variance=, sigma= .*got None"),
+    "two noises": (None, {"sigma": 1.0}, ValueError, r"exactly one of .*got \['sigma', 'weights'\]"),
+    "noise twice": (None, {"noise": WhiteNoise(np.ones(SHAPE))}, ValueError, "either noise= or one of .*, not both"),
+    "noise shape": (
+        None,
+        {"weights": None, "noise": WhiteNoise(np.ones((1, 12, 14)))},
+        ValueError,
+        r"the noise has shape \(1, 12, 14\), the data \(2, 12, 14\)",
+    ),
+    "mask shape": (None, {"mask": np.ones((2, 3), bool)}, ValueError, r"mask of shape \(2, 3\) doesn't match data"),
+    "mask type": (None, {"mask": np.ones(SHAPE)}, TypeError, "mask must be boolean or integer .*got type float64"),
+    "all masked": (None, {"mask": np.ones(SHAPE, bool)}, ValueError, "no pixel has a positive weight, finite data"),
+    "all NaN": (np.full(SHAPE, np.nan), {}, ValueError, "no pixel has a positive weight, finite data"),
+    "weights 0": (None, {"weights": 0.0}, ValueError, "no pixel has a positive weight, finite data"),
+    "PSF NaN": (None, {"psf": NAN}, ValueError, "PSF image must be finite"),
+    "PSF sum": (None, {"psf": -np.ones((3, 3))}, ValueError, "positive sum in every channel; got sums"),
+    "PSF channels": (None, {"psf": GaussianPSF([1, 2, 3])}, ValueError, "the PSF has 3 channels, the data 2"),
+    "PSF size": (
+        None,
+        {"psf": gaussian_image((13, 13), (6, 6), 2.0)},
+        ValueError,
+        "spans 13 pixels, more than the data of 12 x 14 pixels",
+    ),
+    "zeropoint": (None, {"zeropoint": np.nan}, ValueError, "zeropoint must be a finite AB magnitude"),
+    "zeropoint count": (None, {"zeropoint": [25.0] * 3}, ValueError, r"one finite number or one per channel \(2\)"),
+    "unit": (None, {"unit": "m"}, ValueError, "unit= wants a flux density"),
+    "background": (None, {"background": [1.0, np.nan]}, ValueError, "background wants one finite number or one per"),
+    "wcs": (None, {"wcs": WCS(naxis=2)}, ValueError, "two celestial axes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_refused(data, case):
+    bad_data, options, error, message = BAD_INPUT[case]
+    bad_data = data if bad_data is None else bad_data
+    with pytest.raises(error, match=message):
+        observe(bad_data, **options)
+
+
+def test_an_oversampled_psf_may_have_more_samples_than_the_data_pixels(data):
+    psf = ImagePSF(gaussian_image((31, 31), (15, 15), 4.5), oversampling=3)
+    assert observe(data, psf=psf).psf.size < 12
+
+
+@pytest.mark.parametrize("shift", [(1.0,), (np.nan, 0.0), (1.0, 2.0, 3.0)])
+def test_bad_shifts_are_refused(shift):
+    with pytest.raises(ValueError, match=r"a finite shift \(east, north\) in arcsec; got"):
+        Astrometry(shift)
+
+
+def test_messages_name_the_observation():
+    with pytest.raises(ValueError, match="^HSC: data wants shape"):
+        observe(np.ones(3), name="HSC", channels="g")
