@@ -304,8 +304,7 @@ def split_light(
         One for each part.
     """
     return tuple(
-        Component(profile, mag_i - 2.5 * np.log10(fraction) + np.asarray(colors))
-        for fraction, profile, colors in parts
+        Component(profile, mag_i - 2.5 * np.log10(fraction) + np.asarray(colors)) for fraction, profile, colors in parts
     )
 
 
@@ -875,8 +874,7 @@ def check_file(path: Path) -> None:
     again.writeto(buffer)
     identical = buffer.getvalue() == content
     print(
-        f"ok: {len(content) / 1000:.0f} kB, rerun equal (byte for byte: {identical}), "
-        f"fluxes within {100 * worst:.2f} %"
+        f"ok: {len(content) / 1000:.0f} kB, rerun equal (byte for byte: {identical}), fluxes within {100 * worst:.2f} %"
     )
 
 

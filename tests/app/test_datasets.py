@@ -84,9 +84,7 @@ def test_cosmos_offline(monkeypatch, empty_folder, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    message = (
-        r"download of the data set 'cosmos' .*no connection to the Hub.*SCENEFIT_DATA.*cosmos_hst_hsc\.fits"
-    )
+    message = r"download of the data set 'cosmos' .*no connection to the Hub.*SCENEFIT_DATA.*cosmos_hst_hsc\.fits"
     with pytest.raises(ConnectionError, match=message):
         datasets.load("cosmos")
 
@@ -97,9 +95,7 @@ def test_decals_needs_a_folder(monkeypatch, folder):
         monkeypatch.delenv("SCENEFIT_DATA", raising=False)
     else:
         monkeypatch.setenv("SCENEFIT_DATA", folder)
-    with pytest.raises(
-        FileNotFoundError, match=rf"set SCENEFIT_DATA to .*cutout\.fits .*now: {folder or 'not set'}"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"set SCENEFIT_DATA to .*cutout\.fits .*now: {folder or 'not set'}"):
         datasets.load("decals")
 
 

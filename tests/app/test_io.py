@@ -96,9 +96,7 @@ class TestReadObservations:
     def test_names_choose_and_order(self, path):
         write(path, *make_hdus("A"), *make_hdus("B"), *make_hdus("C"))
         assert [obs.name for obs in read_observations(path, names=["C", "A"])] == ["C", "A"]
-        with pytest.raises(
-            ValueError, match=r"field\.fits: no observation is named 'D'; it holds \['A', 'B', 'C'\]"
-        ):
+        with pytest.raises(ValueError, match=r"field\.fits: no observation is named 'D'; it holds \['A', 'B', 'C'\]"):
             read_observations(path, names=["D"])
 
     @pytest.mark.parametrize("dtype", [">f4", "<f8", ">i2", "u2", "u1"])
@@ -265,9 +263,7 @@ class TestPSF:
         center = (5.0, 4.75)
         psf = gaussian(size, center, sigma=3.0)
         # The parabola finds a peak between samples to a few hundredths at this width.
-        np.testing.assert_allclose(
-            read_one(write(path, *make_hdus(psf=psf))).psf.center[0], center, atol=0.02
-        )
+        np.testing.assert_allclose(read_one(write(path, *make_hdus(psf=psf))).psf.center[0], center, atol=0.02)
 
     def test_off_centre_stamps_are_recentred(self, path):
         psf = gaussian((11, 11), (7.0, 3.0))
@@ -283,9 +279,7 @@ class TestPSF:
         assert read_one(write(path, *make_hdus(psf=psf))).psf.num_channels == 3
 
     def test_oversampling(self, path):
-        observation = read_one(
-            write(path, *make_hdus(psf=gaussian((21, 21), (10, 10)), psf_header={"OVERSAMP": 3}))
-        )
+        observation = read_one(write(path, *make_hdus(psf=gaussian((21, 21), (10, 10)), psf_header={"OVERSAMP": 3})))
         assert observation.psf.oversampling == 3
 
     @pytest.mark.parametrize(
@@ -314,9 +308,7 @@ class TestBadFiles:
     @pytest.mark.parametrize("content", [b"", b"hello, world", b"\x89PNG\r\n"])
     def test_not_fits(self, path, content):
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"field\.fits: expected a FITS file, .* this one starts with b'"
-        ):
+        with pytest.raises(ValueError, match=r"field\.fits: expected a FITS file, .* this one starts with b'"):
             read_observations(path)
 
     @pytest.mark.parametrize("kind", ["WEIGHTS", "PSF"])
@@ -337,16 +329,12 @@ class TestBadFiles:
     def test_table_instead_of_image(self, path):
         table = fits.BinTableHDU(Table({"a": [1, 2]}), name="CAM_WEIGHTS")
         write(path, *make_hdus(weights=None), table)
-        with pytest.raises(
-            ValueError, match=r"field\.fits: expected an image in HDU CAM_WEIGHTS; it holds a table"
-        ):
+        with pytest.raises(ValueError, match=r"field\.fits: expected an image in HDU CAM_WEIGHTS; it holds a table"):
             read_observations(path)
 
     def test_no_data(self, path):
         write(path, *make_hdus(weights=None), fits.ImageHDU(name="CAM_WEIGHTS"))
-        with pytest.raises(
-            ValueError, match=r"field\.fits: expected an image in HDU CAM_WEIGHTS; it holds no data"
-        ):
+        with pytest.raises(ValueError, match=r"field\.fits: expected an image in HDU CAM_WEIGHTS; it holds no data"):
             read_observations(path)
 
     @pytest.mark.parametrize(
@@ -403,9 +391,7 @@ class TestBadFiles:
     def test_cut_short_before_it_was_gzipped(self, path):
         content = write(path, *make_hdus()).read_bytes()
         path.write_bytes(gzip.compress(content[: content.index(b"CAM_PSF") - 3000]))
-        with pytest.raises(
-            ValueError, match=r"field\.fits: the file is cut short: HDU CAM_WEIGHTS ends at byte"
-        ):
+        with pytest.raises(ValueError, match=r"field\.fits: the file is cut short: HDU CAM_WEIGHTS ends at byte"):
             read_observations(path)
 
 
@@ -465,9 +451,7 @@ class TestCatalog:
     def test_no_catalog(self, path):
         write(path, *make_hdus())
         assert catalog_in(path) is None
-        with pytest.raises(
-            ValueError, match=r"expected a table HDU CATALOG, or one table; found HDUs \['PRIMARY'"
-        ):
+        with pytest.raises(ValueError, match=r"expected a table HDU CATALOG, or one table; found HDUs \['PRIMARY'"):
             read_catalog(path)
 
     def test_missing_file(self, tmp_path):
@@ -481,9 +465,7 @@ class TestCatalog:
     def test_missing_positions(self, tmp_path):
         path = tmp_path / "catalog.csv"
         path.write_text("ra,dec\n150.1,2.1\n,2.2\n150.3,nan\n150.4,91\n")
-        with pytest.raises(
-            ValueError, match=r"catalog\.csv: .* 3 of 4 rows have none: 1, 2, 3 \(counted from 0\)"
-        ):
+        with pytest.raises(ValueError, match=r"catalog\.csv: .* 3 of 4 rows have none: 1, 2, 3 \(counted from 0\)"):
             read_catalog(path)
 
     def test_sexagesimal_text(self):
@@ -538,9 +520,7 @@ class TestWriteImages:
             assert there.pixel_to_world(3, 4).separation(expected.pixel_to_world(3, 4)).arcsec < 1e-9
             sources = [hdus["SRC_HOST"], hdus["SRC_HOST2"]]
             assert [hdu.header["SOURCE"] for hdu in sources] == ["host", "Host2"]
-            np.testing.assert_allclose(
-                sum(hdu.data for hdu in sources), scene.evaluate(), rtol=1e-5, atol=1e-5
-            )
+            np.testing.assert_allclose(sum(hdu.data for hdu in sources), scene.evaluate(), rtol=1e-5, atol=1e-5)
             assert WCS(sources[0].header, naxis=2).pixel_to_world(3, 4) is not None
 
     def test_large_scenes_are_cut_to_their_sources(self, tmp_path, fitted, monkeypatch):
@@ -604,9 +584,7 @@ class TestPrepareOutput:
 
     def test_refuses_a_folder_with_files(self, tmp_path):
         (tmp_path / "old.txt").write_text("old")
-        with pytest.raises(
-            FileExistsError, match=r"expected a new or empty folder; it holds 1 file.*--overwrite"
-        ):
+        with pytest.raises(FileExistsError, match=r"expected a new or empty folder; it holds 1 file.*--overwrite"):
             prepare_output(tmp_path)
         assert prepare_output(tmp_path, overwrite=True) == tmp_path
         assert (tmp_path / "old.txt").read_text() == "old"

@@ -237,9 +237,7 @@ class TestObservation:
 
     @pytest.mark.parametrize("sigma", [0.6, 2.0])
     def test_analytic_psf(self, sigma):
-        obs = Observation(
-            np.zeros((2, 16, 16)), sigma=1.0, psf=GaussianPSF(sigma), channels=["a", "b"], name="o"
-        )
+        obs = Observation(np.zeros((2, 16, 16)), sigma=1.0, psf=GaussianPSF(sigma), channels=["a", "b"], name="o")
         axes = axes_of(drawn(plot.observation(obs)))
         shown = pixels(axes["o PSF all channels"])
         half = shown.shape[0] // 2
@@ -263,9 +261,7 @@ class TestScene:
     def test_panels(self, field):
         scene, observations = field
         axes = axes_of(drawn(plot.scene(scene, observations)))
-        rows = [
-            f"{name} {what}" for name in ("sharp", "deep") for what in ("observed", "rendered", "residual")
-        ]
+        rows = [f"{name} {what}" for name in ("sharp", "deep") for what in ("observed", "rendered", "residual")]
         assert list(axes) == ["model", *rows]
         assert pixels(axes["model"]).shape == (*scene.frame.box.shape, 3)
         assert pixels(axes["deep rendered"]).shape == (20, 24, 3)
@@ -370,9 +366,7 @@ class TestScene:
             )
             flux = np.array([50.0, 100.0, 200.0]) * unit
             frame = Frame.from_observations([obs])
-            axes = axes_of(
-                plot.scene(Scene(frame, [Source(frame.center, flux, GaussianMorphology(2.0))]), obs)
-            )
+            axes = axes_of(plot.scene(Scene(frame, [Source(frame.center, flux, GaussianMorphology(2.0))]), obs))
             shown.append([pixels(axes[label]) for label in ("model", "o observed", "o residual")])
         for one, other in zip(*shown, strict=True):
             np.testing.assert_allclose(other, one, atol=1e-3)  # single precision of the rendering
@@ -383,9 +377,7 @@ class TestScene:
             plot.scene(scene, [])
         with pytest.raises(TypeError, match="Expected an Observation; got str"):
             plot.scene(scene, ["sharp"])
-        with pytest.raises(
-            ValueError, match=r"No observation has a channel 'u'; there are \['F814W', 'g', 'i', 'r'\]"
-        ):
+        with pytest.raises(ValueError, match=r"No observation has a channel 'u'; there are \['F814W', 'g', 'i', 'r'\]"):
             plot.scene(scene, observations, channel="u")
 
 
@@ -479,8 +471,6 @@ def test_figures_leave_pyplot_alone_and_show_themselves():
     assert pyplot is None or not pyplot.get_fignums()
 
 
-@pytest.mark.parametrize(
-    ("length", "expected"), [(1.0, 1.0), (0.9, 0.5), (4.9, 2.0), (60.0, 50.0), (0.031, 0.02)]
-)
+@pytest.mark.parametrize(("length", "expected"), [(1.0, 1.0), (0.9, 0.5), (4.9, 2.0), (60.0, 50.0), (0.031, 0.02)])
 def test_round_length(length, expected):
     assert round_length(length) == pytest.approx(expected)

@@ -98,9 +98,7 @@ def make_observation(kind="CD", name="HSC", **options) -> Observation:
     data[0, 3, 4] = np.nan
     options = {"zeropoint": [27.0, 26.5]} | options
     y, x = np.mgrid[:15, :14]
-    psf = np.stack(
-        [np.exp(-((y - 7) ** 2 + (x - 6.4) ** 2) / 8), np.exp(-((y - 7) ** 2 + (x - 6.3) ** 2) / 9)]
-    )
+    psf = np.stack([np.exp(-((y - 7) ** 2 + (x - 6.4) ** 2) / 8), np.exp(-((y - 7) ** 2 + (x - 6.3) ** 2) / 9)])
     return Observation(
         data,
         weights=RNG.uniform(1, 2, size=data.shape),
@@ -141,9 +139,7 @@ def make_result() -> FitResult:
     observations = (make_observation(name="HSC"), make_observation(name="HST"))
     history = {"step": np.arange(3), "loss": np.array([3.0, 2.0, np.nan]), "gradient": RNG.uniform(size=100)}
     timing = {"compile": 1 / 3, "solve": np.inf}
-    return FitResult(
-        make_scene(), observations, make_parameters(), Status.CONVERGED, 1 / 3, history, 7, timing
-    )
+    return FitResult(make_scene(), observations, make_parameters(), Status.CONVERGED, 1 / 3, history, 7, timing)
 
 
 EXAMPLES = {
@@ -306,8 +302,7 @@ def test_result_can_be_fitted_again(tmp_path):
     loaded = round_trip(tmp_path, result)
     assert loaded.status is Status.CONVERGED
     again, expected = (
-        fit(each.scene, each.observations, each.parameters, max_steps=2, progress=False)
-        for each in (loaded, result)
+        fit(each.scene, each.observations, each.parameters, max_steps=2, progress=False) for each in (loaded, result)
     )
     assert again.loss == expected.loss
     assert again.num_steps == expected.num_steps

@@ -178,7 +178,9 @@ def test_wcs_or_its_header(data):
 def test_render_adds_the_background(data, frame, model):
     plain, lifted = observe(data).match(frame), observe(data, background=[1.0, 2.0]).match(frame)
     # 1e-12: the same rendering plus a constant in float64.
-    np.testing.assert_allclose(lifted.render(model), plain.render(model) + np.array([1.0, 2.0])[:, None, None], rtol=1e-12)
+    np.testing.assert_allclose(
+        lifted.render(model), plain.render(model) + np.array([1.0, 2.0])[:, None, None], rtol=1e-12
+    )
     np.testing.assert_allclose(plain.with_background([1.0, 2.0]).render(model), lifted.render(model), rtol=1e-12)
 
 
@@ -278,14 +280,39 @@ BAD_INPUT = {
     "no pixels": (np.ones((1, 0, 5)), {}, ValueError, r"with at least one pixel; got \(1, 0, 5\)"),
     "complex": (np.ones((5, 5), complex), {}, TypeError, "must be real numbers; got an array of type complex128"),
     "text": (np.array([["a", "b"]]), {}, TypeError, "must be real numbers; got an array of type <U1"),
-    "channel count": (None, {"channels": ("g",)}, ValueError, r"has 2 channel\(s\), but 1 channel name\(s\) were given"),
+    "channel count": (
+        None,
+        {"channels": ("g",)},
+        ValueError,
+        r"has 2 channel\(s\), but 1 channel name\(s\) were given",
+    ),
     "repeated": (None, {"channels": ("g", "g")}, ValueError, r"must be distinct .*got \['g', 'g'\], where g repeat"),
-    "weights shape": (None, {"weights": np.ones((3, 12, 14))}, ValueError, r"weights of shape \(3, 12, 14\) doesn't match"),
-    "sigma shape": (None, {"weights": None, "sigma": np.ones(5)}, ValueError, r"sigma of shape \(5,\) doesn't match data"),
+    "weights shape": (
+        None,
+        {"weights": np.ones((3, 12, 14))},
+        ValueError,
+        r"weights of shape \(3, 12, 14\) doesn't match",
+    ),
+    "sigma shape": (
+        None,
+        {"weights": None, "sigma": np.ones(5)},
+        ValueError,
+        r"sigma of shape \(5,\) doesn't match data",
+    ),
     "negative weights": (None, {"weights": -1.0}, ValueError, "finite and >= 0; got 336 negative"),
-    "NaN weights": (None, {"weights": [1.0, np.nan]}, ValueError, r"got 168 NaN value\(s\), the first at .* = \(1, 0, 0\)"),
+    "NaN weights": (
+        None,
+        {"weights": [1.0, np.nan]},
+        ValueError,
+        r"got 168 NaN value\(s\), the first at .* = \(1, 0, 0\)",
+    ),
     "negative variance": (None, {"weights": None, "variance": -1.0}, ValueError, "variance must be positive"),
-    "zero sigma": (None, {"weights": None, "sigma": [1.0, 0.0]}, ValueError, "sigma must be positive .*got NaN or <= 0"),
+    "zero sigma": (
+        None,
+        {"weights": None, "sigma": [1.0, 0.0]},
+        ValueError,
+        "sigma must be positive .*got NaN or <= 0",
+    ),
     "NaN sigma": (None, {"weights": None, "sigma": np.nan}, ValueError, "sigma must be positive .*got NaN or <= 0"),
     "no noise": (None, {"weights": None}, ValueError, "exactly one of weights=, variance=, sigma= .*got None"),
     "two noises": (None, {"sigma": 1.0}, ValueError, r"exactly one of .*got \['sigma', 'weights'\]"),
@@ -338,5 +365,5 @@ def test_bad_shifts_are_refused(shift):
 
 
 def test_messages_name_the_observation():
-    with pytest.raises(ValueError, match="^HSC: data wants shape"):
+    with pytest.raises(ValueError, match=r"^HSC: data wants shape"):
         observe(np.ones(3), name="HSC", channels="g")

@@ -8,7 +8,7 @@ from tests.helpers import final_classes, gaussian_image, spectrum_sum
 
 def elliptical_image(shape, center, sigma=1.6):
     """An asymmetric PSF: two Gaussians out of line."""
-    wing = gaussian_image(shape, np.array(center) + [0.8, -0.5], 1.5 * sigma)
+    wing = gaussian_image(shape, (center[0] + 0.8, center[1] - 0.5), 1.5 * sigma)
     return 0.7 * gaussian_image(shape, center, sigma) + 0.3 * wing
 
 
@@ -115,9 +115,7 @@ def test_transfer_of_a_real_psf_is_hermitian(example, affine, rng):
     psf, _ = example
     ky, kx = rng.uniform(-0.2, 0.2, 5), rng.uniform(-0.2, 0.2, 6)
     # 1e-12: the errors of the non-uniform transform are Hermitian too.
-    np.testing.assert_allclose(
-        psf.transfer(-ky, -kx, affine), psf.transfer(ky, kx, affine).conj(), rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(psf.transfer(-ky, -kx, affine), psf.transfer(ky, kx, affine).conj(), rtol=0, atol=1e-12)
 
 
 def test_effective_sigma_gives_the_peak(example):

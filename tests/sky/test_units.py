@@ -30,7 +30,7 @@ def test_other_units_are_refused(unit):
 
 
 def test_zeropoint_and_unit_together_are_refused():
-    with pytest.raises(ValueError, match="either zeropoint=.*or unit=, not both"):
+    with pytest.raises(ValueError, match=r"either zeropoint=.*or unit=, not both"):
         units.nanojansky_per_unit(25.0, "nJy")
 
 

@@ -143,9 +143,7 @@ def default_channel_map(num_channels: int, channels: Sequence[Channel] | None = 
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def balanced_options(
-    image, *, noise=None, channels: Sequence[Channel] | None = None, noise_free: bool = False
-) -> dict:
+def balanced_options(image, *, noise=None, channels: Sequence[Channel] | None = None, noise_free: bool = False) -> dict:
     """Return `channel_map`, `stretch`, `q` of `asinh_rgb` that make the light of a field neutral as a whole.
 
     Images shown with the same options can be compared. Channels without information are left out. Parameters

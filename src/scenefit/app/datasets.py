@@ -103,9 +103,7 @@ def _load_cosmos() -> Dataset:
     path = _local_file(COSMOS_FILE)
     if path is None:
         try:
-            path = Path(
-                huggingface_hub.hf_hub_download(COSMOS_REPOSITORY, COSMOS_REMOTE_FILE, repo_type="dataset")
-            )
+            path = Path(huggingface_hub.hf_hub_download(COSMOS_REPOSITORY, COSMOS_REMOTE_FILE, repo_type="dataset"))
         except OSError as exc:
             raise ConnectionError(
                 f"The download of the data set 'cosmos' ({COSMOS_REMOTE_FILE} from "

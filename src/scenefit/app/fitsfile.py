@@ -22,9 +22,7 @@ def open_fits(path) -> Iterator[fits.HDUList]:
     if not is_fits(path):
         with path.open("rb") as file:
             start = file.read(8)
-        raise ValueError(
-            f"{path}: expected a FITS file, which starts with 'SIMPLE'; this one starts with {start!r}."
-        )
+        raise ValueError(f"{path}: expected a FITS file, which starts with 'SIMPLE'; this one starts with {start!r}.")
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     with contextlib.ExitStack() as stack:
@@ -48,8 +46,7 @@ def open_fits(path) -> Iterator[fits.HDUList]:
         file.seek(min(size, info["datLoc"] + info["datSpan"]))
         if file.read(8) == b"XTENSION":
             raise ValueError(
-                f"{path}: the file is cut short or damaged in the header after HDU "
-                f"{extension_names(hdus)[-1]}."
+                f"{path}: the file is cut short or damaged in the header after HDU {extension_names(hdus)[-1]}."
             )
         yield hdus
 
@@ -100,9 +97,7 @@ def find_image(hdus, name: str):
     if hdu is None:
         raise ValueError(f"expected an image HDU {name}; found HDUs {extension_names(hdus)}.")
     if not hdu.is_image or hdu.data is None:
-        raise ValueError(
-            f"expected an image in HDU {name}; it holds {'no data' if hdu.is_image else 'a table'}."
-        )
+        raise ValueError(f"expected an image in HDU {name}; it holds {'no data' if hdu.is_image else 'a table'}.")
     if hdu.data.ndim not in (2, 3):
         raise ValueError(f"expected shape (y, x) or (channel, y, x) in HDU {name}; got {hdu.data.shape}.")
     return hdu

@@ -89,9 +89,7 @@ def read_observations(
         zeropoints = {} if zeropoints is None else dict(zeropoints)
         unknown = [name for name in (*(names or ()), *zeropoints) if name not in found]
         if unknown:
-            raise ValueError(
-                f"{path}: no observation is named {', '.join(map(repr, unknown))}; it holds {found}."
-            )
+            raise ValueError(f"{path}: no observation is named {', '.join(map(repr, unknown))}; it holds {found}.")
         try:
             return [_read_observation(hdus, name, zeropoints.get(name)) for name in names or found]
         except (ValueError, TypeError) as exc:

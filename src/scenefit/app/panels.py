@@ -63,9 +63,7 @@ def show_rgb(ax, rgb, wcs, *, window=None, view=None, bar: bool = True, compass:
         x, y = x0 + 0.06 * view.shape[1], y0 + 0.06 * view.shape[0]
         ax.plot([x, x + length / scale], [y, y], linewidth=2, solid_capstyle="butt", **_FIXED_VIEW, **_INK)
         middle = (x + length / scale / 2, y)
-        ax.annotate(
-            f'{length:g}"', middle, (0, 3), textcoords="offset points", ha="center", size="small", **_INK
-        )
+        ax.annotate(f'{length:g}"', middle, (0, 3), textcoords="offset points", ha="center", size="small", **_INK)
     if wcs is not None and compass:
         _draw_compass(ax, wcs, view)
 

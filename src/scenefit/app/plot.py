@@ -93,9 +93,7 @@ def observation(obs, *, catalog=None) -> Figure:
     return fig
 
 
-def scene(
-    scene, observations, *, labels: bool = True, boxes: bool = True, channel: Channel | None = None
-) -> Figure:
+def scene(scene, observations, *, labels: bool = True, boxes: bool = True, channel: Channel | None = None) -> Figure:
     """Compare a scene with all observations: observed, rendered, residual, below the model on its own frame.
 
     Observed and rendered images are shown without background and with the same stretch. The residual map is

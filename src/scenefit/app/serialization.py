@@ -79,9 +79,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{path}: expected an existing folder {path.parent} to write into; there is none."
-        )
+        raise FileNotFoundError(f"{path}: expected an existing folder {path.parent} to write into; there is none.")
     temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
@@ -159,13 +157,9 @@ def _read_content(path: Path) -> dict:
                 content = file.tree.get("scenefit")
     # Damaged YAML and blocks raise errors of many kinds.
     except Exception as exc:
-        raise ValueError(
-            f"{path}: expected an ASDF file written by scenefit.save; reading it failed: {exc}"
-        ) from exc
+        raise ValueError(f"{path}: expected an ASDF file written by scenefit.save; reading it failed: {exc}") from exc
     if not isinstance(content, Mapping) or not isinstance(content.get("schema_version"), int):
-        raise ValueError(
-            f"{path}: expected an ASDF file written by scenefit.save; it has no scenefit schema version."
-        )
+        raise ValueError(f"{path}: expected an ASDF file written by scenefit.save; it has no scenefit schema version.")
     return dict(content)
 
 
@@ -196,9 +190,7 @@ def to_tree(value):
     name = type(value).__name__
     if CLASSES.get(name) is type(value):
         return {"type": name, **{f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}}
-    raise TypeError(
-        f"Only objects of scenefit and numpyro's distributions can be saved; got a {type(value)}."
-    )
+    raise TypeError(f"Only objects of scenefit and numpyro's distributions can be saved; got a {type(value)}.")
 
 
 def from_tree(tree) -> Any:
@@ -261,9 +253,7 @@ def _build(cls: type, fields: dict):
     changed = [name for name in fields if not _is_same(getattr(instance, name), fields[name])]
     if not changed:
         return instance
-    return eqx.tree_at(
-        lambda m: [getattr(m, name) for name in changed], instance, [fields[name] for name in changed]
-    )
+    return eqx.tree_at(lambda m: [getattr(m, name) for name in changed], instance, [fields[name] for name in changed])
 
 
 def _is_same(built, saved) -> bool:
@@ -271,8 +261,7 @@ def _is_same(built, saved) -> bool:
     built_leaves, built_tree = jax.tree.flatten(built)
     saved_leaves, saved_tree = jax.tree.flatten(saved)
     return built_tree == saved_tree and all(
-        a is b or _same_array(np.asarray(a), np.asarray(b))
-        for a, b in zip(built_leaves, saved_leaves, strict=True)
+        a is b or _same_array(np.asarray(a), np.asarray(b)) for a, b in zip(built_leaves, saved_leaves, strict=True)
     )
 
 
@@ -287,8 +276,7 @@ def _arguments(value, of: str) -> dict:
         name
         for name in inspect.signature(type(value).__init__).parameters
         # Lazy properties are other ways to give the same: a covariance instead of its Cholesky factor.
-        if name not in ("self", "validate_args")
-        and not isinstance(getattr(type(value), name, None), lazy_property)
+        if name not in ("self", "validate_args") and not isinstance(getattr(type(value), name, None), lazy_property)
     ]
     try:
         return {name: to_tree(getattr(value, name)) for name in names}
@@ -351,9 +339,7 @@ def _wcs_to_tree(wcs: WCS) -> dict:
     for key in [key for key in header if key.startswith(("PC", "CD"))]:
         del header[key]
     core, sip = wcs.wcs, wcs.sip
-    exact = {
-        name: np.array(getattr(core, name), dtype=float) for name in ("crpix", "crval", "lonpole", "latpole")
-    }
+    exact = {name: np.array(getattr(core, name), dtype=float) for name in ("crpix", "crval", "lonpole", "latpole")}
     exact |= {"cd": np.array(core.cd)} if core.has_cd() else {"pc": core.get_pc(), "cdelt": core.get_cdelt()}
     tables = {name: getattr(wcs, name) for name in ("cpdis1", "cpdis2", "det2im1", "det2im2")}
     return {
@@ -361,9 +347,7 @@ def _wcs_to_tree(wcs: WCS) -> dict:
         "header": [card.strip() for card in header.tostring(sep="\n").split("\n")],
         "exact": {name: _array_to_tree(value) for name, value in exact.items()},
         "pv": [list(entry) for entry in core.get_pv()],
-        "sip": None
-        if sip is None
-        else [to_tree(getattr(sip, name)) for name in ("a", "b", "ap", "bp", "crpix")],
+        "sip": None if sip is None else [to_tree(getattr(sip, name)) for name in ("a", "b", "ap", "bp", "crpix")],
         "lookup": {
             name: [to_tree(np.array(getattr(table, part))) for part in ("data", "crpix", "crval", "cdelt")]
             for name, table in tables.items()

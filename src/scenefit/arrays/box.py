@@ -41,7 +41,7 @@ class Box(eqx.Module):
     def around(cls, center: tuple[float, float], half_size: int | tuple[int, int]) -> Box:
         """Build the box of `2 half_size + 1` pixels a side around the pixel nearest to `center` (y, x)."""
         half = (half_size, half_size) if isinstance(half_size, int) else half_size
-        middle = (int(round(float(center[0]))), int(round(float(center[1]))))
+        middle = (round(float(center[0])), round(float(center[1])))
         return cls((2 * half[0] + 1, 2 * half[1] + 1), (middle[0] - half[0], middle[1] - half[1]))
 
     @property

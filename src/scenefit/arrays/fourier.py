@@ -58,7 +58,10 @@ def sample_spectrum(image: np.ndarray, ky: np.ndarray, kx: np.ndarray, origin=(0
 
 
 def window_beta(width: int = WINDOW_WIDTH, oversampling: float = OVERSAMPLING) -> float:
-    """Return the shape parameter of the Kaiser-Bessel window (Beatty et al. 2005, eq. 5, doi:10.1109/TMI.2005.848376)."""
+    """Return the shape parameter of the Kaiser-Bessel window.
+
+    Beatty et al. 2005, eq. 5, doi:10.1109/TMI.2005.848376.
+    """
     return float(np.pi * np.sqrt((width / oversampling) ** 2 * (oversampling - 0.5) ** 2 - 0.8))
 
 
@@ -67,7 +70,7 @@ def window_transform(frequency: np.ndarray) -> np.ndarray:
     root = np.emath.sqrt(window_beta() ** 2 - (np.pi * WINDOW_WIDTH * np.asarray(frequency)) ** 2)
     small = np.abs(root) < 1e-8
     root = np.where(small, 1.0, root)
-    return WINDOW_WIDTH * np.where(small, 1.0, np.sinh(root) / root).real / scipy.special.i0(window_beta())
+    return WINDOW_WIDTH * np.real(np.where(small, 1.0, np.sinh(root) / root)) / scipy.special.i0(window_beta())
 
 
 def window_weights(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

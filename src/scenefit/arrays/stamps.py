@@ -21,7 +21,7 @@ def bucket_size(size: int, smallest: int = 11) -> int:
     """Return the padded, odd stamp side for a stamp of `size` pixels."""
     bucket = smallest
     while bucket < size:
-        bucket = int(round(bucket * BUCKET_RATIO)) | 1
+        bucket = round(bucket * BUCKET_RATIO) | 1
     return bucket
 
 
@@ -29,7 +29,7 @@ def bucket_count(count: int) -> int:
     """Return the padded number of stamps for `count` of them: 1, 2, 3, 4, 6, 8, 11, ..."""
     bucket = 1
     while bucket < count:
-        bucket = max(bucket + 1, int(round(bucket * BUCKET_RATIO)))
+        bucket = max(bucket + 1, round(bucket * BUCKET_RATIO))
     return bucket
 
 

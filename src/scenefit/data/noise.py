@@ -106,6 +106,7 @@ def _check_weights(weights: np.ndarray):
         if bad.any():
             where = np.unravel_index(np.argmax(bad), bad.shape)
             raise ValueError(
-                f"Weights (inverse variances) must be finite and >= 0; got {int(bad.sum())} {kind} value(s), the first at "
-                f"(channel, y, x) = {tuple(int(i) for i in where)}. Use weight 0 or mask= for pixels without information."
+                f"Weights (inverse variances) must be finite and >= 0; got {int(bad.sum())} {kind} value(s), the first "
+                f"at (channel, y, x) = {tuple(int(i) for i in where)}. Use weight 0 or mask= for pixels without "
+                "information."
             )

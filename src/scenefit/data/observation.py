@@ -118,8 +118,8 @@ class Observation(eqx.Module):
         self.channels = check_channels(channels)
         if len(self.channels) != len(data):
             raise ValueError(
-                f"{name}: data of shape {data.shape} has {len(data)} channel(s), but {len(self.channels)} channel name(s) "
-                f"were given: {list(self.channels)}."
+                f"{name}: data of shape {data.shape} has {len(data)} channel(s), but {len(self.channels)} channel "
+                f"name(s) were given: {list(self.channels)}."
             )
         self.psf = _check_psf(as_psf(psf), data.shape, name)
         self.wcs = as_wcs(wcs)
@@ -182,19 +182,20 @@ class Observation(eqx.Module):
         """
         if hasattr(scene, "evaluate"):
             matched = self if self.renderer is not None else self.match(scene.frame)
-            return matched._render_model(scene.evaluate(), scene.frame.fft_shape)
-        if self.renderer is None:
-            raise ValueError(f"{self.name} has no renderer yet: use obs.match(frame) before rendering a model image.")
-        return self._render_model(jnp.asarray(scene), self.renderer.fft_shape)
+            return matched._render_model(scene.evaluate())
+        return self._render_model(scene)
 
-    def _render_model(self, model, fft_shape):
+    def _render_model(self, model):
         """Render a model image and place it on the whole observation."""
+        if (renderer := self.renderer) is None:
+            raise ValueError(f"{self.name} has no renderer yet: use obs.match(frame) before rendering a model image.")
         # The model is brought to order one: fluxes of any unit then pass through float32.
-        scale = float(np.abs(np.asarray(model, dtype=float)).max()) or 1.0
-        spectrum = transform_model(jnp.asarray(np.asarray(model, dtype=float) / scale), fft_shape)
-        window = np.asarray(self.renderer(spectrum, jnp.asarray(self.astrometry.shift)), dtype=float)
+        model = np.asarray(model, dtype=float)
+        scale = float(np.abs(model).max()) or 1.0
+        shift = jnp.asarray(self.astrometry.shift)
+        window = np.asarray(_render_window(renderer, jnp.asarray(model / scale), shift), dtype=float)
         image = np.zeros(self.data.shape)
-        image[(slice(None), *self.renderer.window.slices)] = np.where(self.renderer.inside, window * scale, 0.0)
+        image[(slice(None), *renderer.window.slices)] = np.where(renderer.inside, window * scale, 0.0)
         return image + self.background[:, None, None]
 
     def residual(self, scene) -> np.ndarray:
@@ -204,11 +205,18 @@ class Observation(eqx.Module):
     def chi_square(self, scene) -> np.ndarray:
         """Return the chi-square of each channel."""
         unit = self.noise.level()
-        return np.asarray(self.noise.scaled(unit).chi_square(self.residual(scene) / unit[:, None, None]))
+        residual = jnp.asarray(self.residual(scene) / unit[:, None, None])
+        return np.asarray(self.noise.scaled(unit).chi_square(residual))
 
     def log_likelihood(self, scene) -> float:
         """Return the log-likelihood of a scene, normalised over the valid pixels (data in units of `data`)."""
         return self.noise.log_normalization() - 0.5 * float(self.chi_square(scene).sum())
+
+
+@eqx.filter_jit
+def _render_window(renderer: Renderer, model, shift):
+    """Render a model image onto the pixels of the renderer's window."""
+    return renderer(transform_model(model, renderer.fft_shape), shift)
 
 
 def _as_planes(data, name) -> np.ndarray:
@@ -219,7 +227,9 @@ def _as_planes(data, name) -> np.ndarray:
     if data.ndim == 2:
         data = data[None]
     if data.ndim != 3 or 0 in data.shape:
-        raise ValueError(f"{name}: data wants shape (y, x) or (channel, y, x) with at least one pixel; got {data.shape}.")
+        raise ValueError(
+            f"{name}: data wants shape (y, x) or (channel, y, x) with at least one pixel; got {data.shape}."
+        )
     return data.astype(float)
 
 
@@ -227,7 +237,9 @@ def _as_weights(shape, name, **given) -> np.ndarray:
     """Return inverse variances of the shape of the data from weights, variance or sigma."""
     given = {kind: np.asarray(value, dtype=float) for kind, value in given.items() if value is not None}
     if len(given) != 1:
-        raise ValueError(f"{name}: give exactly one of weights=, variance=, sigma= (or noise=); got {sorted(given) or None}.")
+        raise ValueError(
+            f"{name}: give exactly one of weights=, variance=, sigma= (or noise=); got {sorted(given) or None}."
+        )
     ((kind, value),) = given.items()
     if value.ndim == 1 and len(value) == shape[0]:
         value = value[:, None, None]

@@ -39,7 +39,10 @@ class AbstractSampling(eqx.Module):
 
 
 class GridSampling(AbstractSampling):
-    """Inverse FFT and crop: the observation's pixels are model pixels, up to a shift (in the modes), flips and a transpose."""
+    """Inverse FFT and crop: the observation's pixels are model pixels, up to flips, a transpose and a shift.
+
+    The shift is in the modes already.
+    """
 
     fft_shape: tuple[int, int] = eqx.field(static=True)
     shape: tuple[int, int] = eqx.field(static=True)
@@ -145,7 +148,8 @@ class Renderer(eqx.Module):
             raise ValueError(f"{having} has a WCS and {lacking} doesn't: give both one, or neither.")
         position, is_affine, affine = _pixel_positions(frame, wcs, shape)
         (height, width) = frame.box.shape
-        inside = (position > -0.5 - 1e-6).all(axis=-1) & (position < np.array([height, width]) - 0.5 + 1e-6).all(axis=-1)
+        middle = np.array(frame.center)
+        inside: np.ndarray = np.all(np.abs(position - middle) < np.array([height, width]) / 2 + 1e-6, axis=-1)
         if not inside.any():
             raise ValueError(f"No pixel of {name} lies on the model frame of {height} x {width} pixels.")
         rows, columns = np.nonzero(inside.any(axis=1))[0], np.nonzero(inside.any(axis=0))[0]
@@ -162,8 +166,8 @@ class Renderer(eqx.Module):
         transfer[:, :, np.abs(kx) > 0.5 - 1e-9] = 0
         if (gain := np.abs(transfer).max()) > MAX_GAIN:
             raise ValueError(
-                f"The PSF of {name} is narrower than the model PSF (gain {gain:.3g} in Fourier space, at most {MAX_GAIN}): "
-                "use a Frame with smaller pixels (pixel_scale=) or a narrower psf."
+                f"The PSF of {name} is narrower than the model PSF (gain {gain:.3g} in Fourier space, at most "
+                f"{MAX_GAIN}): use a Frame with smaller pixels (pixel_scale=) or a narrower psf."
             )
         norm = np.broadcast_to((np.abs(transfer) ** 2).max(axis=(1, 2)) * abs(np.linalg.det(affine)), len(channels))
         transfer = transfer / np.prod(frame.fft_shape)
@@ -236,7 +240,7 @@ def _ratio(observed, model):
 
 
 def _pixel_positions(frame, wcs, shape):
-    """Return the (y, x, 2) model positions of all pixels, whether they are affine in the pixel index, and d(position)/d(index)."""
+    """Return where all pixels lie on the model, (y, x, 2), whether that is affine in their index, and the slope."""
     nodes = [np.unique(np.linspace(0, n - 1, min(n, 17)).round()) for n in shape]
     y, x = np.meshgrid(*nodes, indexing="ij")
     at_nodes = pixel_map(wcs, frame.wcs, y, x)
@@ -269,7 +273,7 @@ def _pixel_areas(position):
 
 
 def _modes(fft_shape, band_limit, affine):
-    """Return the frequencies (cycles per model pixel) at which a PSF of that band limit can be non-zero, in rfft order."""
+    """Return the frequencies (cycles per model pixel) that a PSF of that band limit can pass, in rfft order."""
     reach = np.minimum(0.5, band_limit * np.abs(np.linalg.inv(affine).T).sum(axis=1))
     largest = [min(int(np.ceil(r * n)), n // 2) for r, n in zip(reach, fft_shape, strict=True)]
     if 2 * largest[0] + 1 >= fft_shape[0]:
@@ -282,7 +286,6 @@ def _modes(fft_shape, band_limit, affine):
 
 def _choose_sampling(fft_shape, ky, kx, position, is_affine, affine):
     """Return the sampling for the pixel positions, and what the modes must be multiplied by for it."""
-    shape = position.shape[:2]
     transposed = abs(affine[0, 1]) + abs(affine[1, 0]) > abs(affine[0, 0]) + abs(affine[1, 1])
     along = position.swapaxes(0, 1) if transposed else position
     rows, columns = along[:, :, 0].mean(axis=1), along[:, :, 1].mean(axis=0)
@@ -307,7 +310,8 @@ def _choose_sampling(fft_shape, ky, kx, position, is_affine, affine):
 def _nonuniform_sampling(fft_shape, ky, kx, position):
     """Return the non-uniform sampling at any positions; the padded model grid repeats beyond its edges."""
     counts = len(ky), 2 * len(kx) - 1
-    fine = tuple(fourier.fast_length(int(np.ceil(fourier.OVERSAMPLING * n))) for n in counts)
+    fine_y, fine_x = (fourier.fast_length(int(np.ceil(fourier.OVERSAMPLING * n))) for n in counts)
+    fine = fine_y, fine_x
     coordinate = [position[..., a].ravel() * fine[a] / fft_shape[a] for a in (0, 1)]
     (first_y, weight_y), (first_x, weight_x) = (fourier.window_weights(c) for c in coordinate)
     mode_y, mode_x = ky * fft_shape[0] / fine[0], kx * fft_shape[1] / fine[1]

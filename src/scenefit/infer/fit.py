@@ -221,9 +221,10 @@ class _Run:
         scene, observations = self.unpack()
         residuals = jax.device_get(_residuals(self.problem, self.carry.best))
         grown = {}
+        views = [_View(obs, residual) for obs, residual in zip(observations, residuals, strict=True)]
         for path, component in scene.components():
             if isinstance(component.morphology, PixelMorphology):
-                larger = _grown(component, scene.frame, observations, residuals)
+                larger = _grown(component, scene.frame, views)
                 if larger is not None:
                     grown[path] = larger
         self.growths += 1
@@ -260,7 +261,37 @@ def _linear_only(problem: Problem) -> Problem:
     return eqx.tree_at(lambda p: p.free, problem, State(problem.free.vector & linear, images))
 
 
-def _grown(component: Source, frame, observations, residuals) -> Source | None:
+class _View:
+    """An observation's residuals (data minus model, whitened) and which of them count, in its window."""
+
+    def __init__(self, obs, residual):
+        self.obs, self.residual = obs, -np.asarray(residual)
+        self.valid = obs.noise.valid[(slice(None), *obs.renderer.window.slices)] & obs.renderer.inside
+
+    def ring_sum(self, inner: Box, outer: Box, frame) -> tuple[float, int]:
+        """Return the sum and number of the residuals between two boxes of the frame."""
+        window = self.obs.renderer.window
+        (y0, x0), (y1, x1) = outer.origin, outer.stop
+        corners = pixel_map(frame.wcs, self.obs.wcs, np.array([y0, y0, y1, y1]), np.array([x0, x1, x0, x1]))
+        low, high = np.floor(corners.min(axis=0)).astype(int), np.ceil(corners.max(axis=0)).astype(int) + 1
+        part = Box.from_bounds((int(low[0]), int(high[0])), (int(low[1]), int(high[1]))).intersection(window)
+        if part.is_empty:
+            return 0.0, 0
+        y, x = np.mgrid[part.slices]
+        position = pixel_map(self.obs.wcs, frame.wcs, y, x)
+        ring = _inside(outer, position) & ~_inside(inner, position)
+        local = (slice(None), *part.shift((-window.origin[0], -window.origin[1])).slices)
+        used = self.valid[local] & ring
+        return float(self.residual[local][used].sum()), int(used.sum())
+
+
+def _inside(box: Box, position: np.ndarray) -> np.ndarray:
+    """Return which positions (..., 2) lie on pixels of a box."""
+    low, high = np.array(box.origin) - 0.5, np.array(box.stop) - 0.5
+    return ((position >= low) & (position < high)).all(axis=-1)
+
+
+def _grown(component: Source, frame, views: Sequence[_View]) -> Source | None:
     """Return the component with a larger stamp if the residuals just outside it are bright, else None.
 
     The statistic is the sum of the whitened residuals (data minus model) in a ring around the stamp, over its standard
@@ -270,12 +301,8 @@ def _grown(component: Source, frame, observations, residuals) -> Source | None:
     larger = box.grow(max(3, int(round((GROWTH_RATIO - 1) / 2 * max(box.shape))))).intersection(frame.box)
     if larger.shape == box.shape:
         return None
-    total, count = 0.0, 0
-    for obs, residual in zip(observations, residuals, strict=True):
-        ring = _ring(box, larger, frame, obs)
-        valid = obs.noise.valid[(slice(None), *obs.renderer.window.slices)] & ring
-        total -= residual[valid].sum()
-        count += valid.sum()
+    sums = [view.ring_sum(box, larger, frame) for view in views]
+    total, count = (sum(values) for values in zip(*sums, strict=True))
     if not total > GROWTH_SIGNIFICANCE * np.sqrt(max(count, 1)):
         return None
     offset = (box.origin[0] - larger.origin[0], box.origin[1] - larger.origin[1])
@@ -287,18 +314,6 @@ def _grown(component: Source, frame, observations, residuals) -> Source | None:
         margins = [(o, n - o - k) for o, n, k in zip(offset, larger.shape, box.shape, strict=True)]
         envelope = np.pad(envelope, margins, mode="linear_ramp")
     return Source(component.center, component.spectrum, PixelMorphology(image, anchor, envelope))
-
-
-def _ring(inner: Box, outer: Box, frame, obs) -> np.ndarray:
-    """Return which pixels of an observation's window lie between two boxes of the frame."""
-    y, x = np.mgrid[obs.renderer.window.slices]
-    position = pixel_map(obs.wcs, frame.wcs, y, x)
-
-    def inside(box):
-        low, high = np.array(box.origin) - 0.5, np.array(box.stop) - 0.5
-        return ((position >= low) & (position < high)).all(axis=-1)
-
-    return inside(outer) & ~inside(inner)
 
 
 def _with_components(source, path, replaced):
@@ -316,5 +331,3 @@ def _refreshed(parameters: Parameters, scene: Scene, observations) -> Parameters
         if old.shape != new.shape:
             table[new.path] = old.replace(shape=new.shape, prior=None if old.prior is None else new.prior)
     return Parameters(table, parameters.pixel_scale)
-
-

@@ -122,7 +122,7 @@ def _vector_diagonal(product, state: State):
 
     def probe(key):
         signs = jax.random.rademacher(key, state.vector.shape, state.vector.dtype)
-        return jnp.maximum(signs * product(State(signs, nothing)).vector, 0.0)
+        return jnp.abs(product(State(signs, nothing)).vector)
 
     estimate = jnp.mean(lax.map(probe, keys), axis=0)
     return estimate + 1e-6 * jnp.max(estimate, initial=1e-20)
@@ -202,9 +202,7 @@ def _colors(windows: np.ndarray) -> np.ndarray:
     count = len(windows)
     overlap = np.zeros((count, count), bool)
     for y0, y1, x0, x1 in windows.reshape(count, -1, 4).transpose(1, 2, 0):
-        overlap |= (
-            (y0[:, None] < y1) & (y0 < y1[:, None]) & (x0[:, None] < x1) & (x0 < x1[:, None])
-        )
+        overlap |= (y0[:, None] < y1) & (y0 < y1[:, None]) & (x0[:, None] < x1) & (x0 < x1[:, None])
     colors = np.full(count, -1)
     for number in range(count):
         taken = set(colors[overlap[number]]) - {-1}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from numpyro.distributions import constraints
 
 from scenefit.data.noise import AbstractNoise
@@ -38,8 +38,8 @@ class State(eqx.Module):
         Free-pixel images, one stack each.
     """
 
-    vector: Float[Array, " n"]
-    images: tuple[Float[Array, "m h w"], ...]
+    vector: Shaped[Array, " n"]
+    images: tuple[Shaped[Array, "_ _ _"], ...]
 
 
 class Image(eqx.Module):
@@ -323,7 +323,9 @@ def _unpack_component(stack, member, component, frame, flux_unit) -> Source:
     else:
         names = list(morphology.constraints)
         values = [np.asarray(getattr(stack.morphology, name)[row], dtype=float) for name in names]
-        morphology = eqx.tree_at(lambda m: [getattr(m, name) for name in names], morphology, values) if names else morphology
+        morphology = (
+            eqx.tree_at(lambda m: [getattr(m, name) for name in names], morphology, values) if names else morphology
+        )
     spectrum = eqx.tree_at(lambda s: s.flux, component.spectrum, flux)
     return Source(np.asarray(stack.center[row], dtype=float), spectrum, morphology)
 
@@ -340,6 +342,8 @@ def _flux_unit(frame, observations, levels) -> np.ndarray:
     """Return the flux unit of each model channel: the lowest noise level among the observations that show it."""
     unit = np.full(len(frame.channels), np.inf)
     for obs, level in zip(observations, levels, strict=True):
+        if obs.renderer is None:
+            raise ValueError(f"{obs.name} isn't matched to the frame: use obs.match(frame).")
         has_data = obs.noise.valid.any(axis=(1, 2))
         for channel, value, seen in zip(obs.renderer.channels, level, has_data, strict=True):
             unit[channel] = min(unit[channel], value if seen else np.inf)
@@ -348,8 +352,6 @@ def _flux_unit(frame, observations, levels) -> np.ndarray:
 
 def _as_image(obs: Observation, level, unit) -> Image:
     """Return the observation in units of its noise level, restricted to the pixels on the frame."""
-    if obs.renderer is None:
-        raise ValueError(f"{obs.name} isn't matched to the frame: use obs.match(frame).")
     window = obs.renderer.window.slices
     dtype = jnp.result_type(float)
     noise = obs.noise.scaled(level).restricted(obs.renderer.inside, window)
@@ -430,7 +432,9 @@ def _element_table(stacks, components, channels, observations, parameters, layou
     for number, stack in enumerate(stacks):
 
         def entries(suffix, rows=rows[number], count=None):
-            return [(f"{path}.{suffix}", np.s_[m.row] if count is None else np.s_[m.row, :count]) for path, m, _ in rows]
+            return [
+                (f"{path}.{suffix}", np.s_[m.row] if count is None else np.s_[m.row, :count]) for path, m, _ in rows
+            ]
 
         if not isinstance(stack.morphology, PixelMorphology):
             table.add("stack", number, "center", stack.center, entries("center"), parameters, linear=True)
@@ -443,13 +447,23 @@ def _element_table(stacks, components, channels, observations, parameters, layou
         for name in stack.morphology.constraints:
             if name != "image":
                 value = getattr(stack.morphology, name)
-                table.add("stack", number, f"morphology.{name}", value, entries(f"morphology.{name}"), parameters, linear=False)
+                table.add(
+                    "stack",
+                    number,
+                    f"morphology.{name}",
+                    value,
+                    entries(f"morphology.{name}"),
+                    parameters,
+                    linear=False,
+                )
     for number, obs in enumerate(observations):
         base, everything = f"observations.{obs.name}", np.s_[:]
         shift, background = [(f"{base}.astrometry.shift", everything)], [(f"{base}.background", everything)]
         level = layout.noise_level[number]
         table.add("image", number, "shift", obs.astrometry.shift, shift, parameters, linear=True)
-        table.add("image", number, "background", obs.background / level, background, parameters, linear=True, unit=level)
+        table.add(
+            "image", number, "background", obs.background / level, background, parameters, linear=True, unit=level
+        )
     table.tie(parameters)
     return table
 
@@ -484,7 +498,9 @@ def _range(parameter) -> tuple[float, float]:
     constraint = parameter.constraint
     low, high = getattr(constraint, "lower_bound", -np.inf), getattr(constraint, "upper_bound", np.inf)
     if constraint not in (constraints.real, constraints.real_vector) and np.isinf(low) and np.isinf(high):
-        raise ValueError(f"{parameter.path}: the constraint {constraint} isn't a range of numbers; use an interval or 'real'.")
+        raise ValueError(
+            f"{parameter.path}: the constraint {constraint} isn't a range of numbers; use an interval or 'real'."
+        )
     return float(low), float(high)
 
 

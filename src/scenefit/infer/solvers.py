@@ -158,11 +158,24 @@ def gauss_newton_step(
         return result
 
     loop = _solve(
-        problem, state, product, prior_gradient, prior_curvature, damping, carry.curvature, signs, accepted, max_products
+        problem,
+        state,
+        product,
+        prior_gradient,
+        prior_curvature,
+        damping,
+        carry.curvature,
+        signs,
+        accepted,
+        max_products,
     )
     step = jax.tree.map(
         lambda f, s, free, g, d: jnp.where(f, s, jnp.where(free, -g / (d * (1 + damping)), 0.0)),
-        loop.face, loop.step, problem.free, loop.gradient, loop.diagonal,
+        loop.face,
+        loop.step,
+        problem.free,
+        loop.gradient,
+        loop.diagonal,
     )
     full = problem.project(combine(state, 1.0, step))
     rejections = jnp.where(accepted, 0, carry.rejections + 1)
@@ -208,20 +221,24 @@ def _solve(
         diagonal = combine(diagonal, 1.0, prior_curvature)
         face = jax.tree.map(
             lambda x, g, d, free, low, high: free & (x - g / d > low) & (x - g / d < high),
-            state, loop.gradient, diagonal, problem.free, problem.lowest, problem.highest,
+            state,
+            loop.gradient,
+            diagonal,
+            problem.free,
+            problem.lowest,
+            problem.highest,
         )
         remainder = on_face(face, jax.tree.map(jnp.negative, loop.gradient))
         direction = precondition(remainder, diagonal)
         energy = dot(remainder, direction)
-        return _Loop(
-            loop.count, loop.gradient, estimate, face, diagonal, nothing, remainder, direction, energy, energy
-        )
+        return _Loop(loop.count, loop.gradient, estimate, face, diagonal, nothing, remainder, direction, energy, energy)
 
     def set_up(loop: _Loop, result: State) -> _Loop:
         """Take in the gradient (first product) or a probe."""
         first = loop.count == 0
         gradient = jax.tree.map(lambda r, g: jnp.where(first, r, g), result, loop.gradient)
-        sample = jnp.where(first, 0.0, jnp.maximum(signs[loop.count - 1] * result.vector, 0.0))
+        # Absolute values: an estimate near zero by chance would let one coordinate rule the conjugate gradients.
+        sample = jnp.where(first, 0.0, jnp.abs(signs[loop.count - 1] * result.vector))
         loop = eqx.tree_at(lambda q: (q.gradient, q.curvature), loop, (gradient, loop.curvature + sample))
         return lax.cond(loop.count == num_probes, begin, lambda q: q, loop)
 
@@ -247,7 +264,10 @@ def _solve(
         result = product(State(vector, images), jnp.where(first, 1.0, 0.0))
         result = jax.tree.map(
             lambda r, h, v, g: r + h * v + jnp.where(first, g, 0.0),
-            result, prior_curvature, State(vector, images), prior_gradient,
+            result,
+            prior_curvature,
+            State(vector, images),
+            prior_gradient,
         )
         loop = lax.cond(setting_up, set_up, iterate, loop, result)
         return eqx.tree_at(lambda q: q.count, loop, loop.count + 1)
@@ -306,13 +326,19 @@ def _scaled_gradient(problem, state, loop: _Loop):
     """Return the root mean square of the projected diagonal Newton step in conditional standard deviations."""
     moves = jax.tree.map(
         lambda x, g, d, free, low, high: jnp.where(free, (jnp.clip(x - g / d, low, high) - x) * jnp.sqrt(d), 0.0),
-        state, loop.gradient, loop.diagonal, problem.free, problem.lowest, problem.highest,
+        state,
+        loop.gradient,
+        loop.diagonal,
+        problem.free,
+        problem.lowest,
+        problem.highest,
     )
     count = sum(jnp.sum(f) for f in jax.tree.leaves(loop.face))
     return jnp.sqrt(dot(moves, moves) / jnp.maximum(count, 1))
 
 
 def dot(a: State, b: State) -> Float[Array, ""]:
+    """Return the inner product of two states."""
     return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 

@@ -222,7 +222,9 @@ def _build_stack(rows, frame, unit) -> Stack:
             morphology = morphology.padded(shape, offset)
         morphologies.append(morphology)
     morphologies += [morphologies[0]] * (count - len(rows))
-    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack([np.asarray(x, float) for x in leaves]), dtype), *morphologies)
+    stacked = jax.tree.map(
+        lambda *leaves: jnp.asarray(np.stack([np.asarray(x, float) for x in leaves]), dtype), *morphologies
+    )
     return Stack(
         morphology=stacked,
         center=jnp.asarray(center, dtype),
@@ -232,4 +234,3 @@ def _build_stack(rows, frame, unit) -> Stack:
         origin=jnp.asarray(origin, jnp.int32),
         mask=jnp.asarray(mask),
     )
-

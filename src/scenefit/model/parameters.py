@@ -191,16 +191,21 @@ class Parameters(eqx.Module):
                 if name == first:
                     raise ValueError(f"{name!r} can't be tied to itself.")
                 if a.shape != b.shape or type(a.constraint) is not type(b.constraint):
-                    raise ValueError(f"Only parameters of one shape and constraint can be tied; {first!r} and {name!r} differ.")
+                    raise ValueError(
+                        f"Only parameters of one shape and constraint can be tied; {first!r} and {name!r} differ."
+                    )
                 if name.endswith(".image"):
-                    raise ValueError(f"Images can't be tied ({name!r}); use one source with both spectra's sum instead.")
+                    raise ValueError(
+                        f"Images can't be tied ({name!r}); use one source with both spectra's sum instead."
+                    )
                 table[name] = b.replace(tied_to=first)
+                table |= {p.path: p.replace(tied_to=first) for p in self if p.tied_to == name}
         return Parameters(table, self.pixel_scale)
 
     def check_anchored(self):
         """Raise ValueError if every observation's shift is free: the model's own position is then undefined."""
         shifts = [p for p in self if p.path.startswith("observations.") and p.path.endswith(".astrometry.shift")]
-        if shifts and all(p.free for p in shifts):
+        if shifts and all(self.table[p.tied_to or p.path].free for p in shifts):
             raise ValueError(
                 "All observations' astrometry.shift are free; nothing then says where the model lies. "
                 f"Keep at least one of {[p.path for p in shifts]} fixed as the anchor."

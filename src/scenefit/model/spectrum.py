@@ -50,7 +50,9 @@ class ArraySpectrum(AbstractSpectrum):
 
     def layout(self, channels):  # noqa: D102
         if len(self.flux) != len(channels):
-            raise ValueError(f"ArraySpectrum has {len(self.flux)} flux(es) for {len(channels)} channels {list(channels)}.")
+            raise ValueError(
+                f"ArraySpectrum has {len(self.flux)} flux(es) for {len(channels)} channels {list(channels)}."
+            )
         return np.arange(len(channels))
 
 
@@ -72,7 +74,9 @@ class StaticSpectrum(AbstractSpectrum):
         self.flux = _check_flux(flux)
         self.bands = check_channels(bands)
         if len(self.bands) != len(self.flux):
-            raise ValueError(f"StaticSpectrum has {len(self.flux)} flux(es) for {len(self.bands)} band(s) {self.bands}.")
+            raise ValueError(
+                f"StaticSpectrum has {len(self.flux)} flux(es) for {len(self.bands)} band(s) {self.bands}."
+            )
 
     def layout(self, channels):  # noqa: D102
         unknown = [c for c in channels if _band(c) not in self.bands]

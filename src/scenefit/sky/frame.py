@@ -75,14 +75,14 @@ class Frame(eqx.Module):
         self.channels = check_channels(channels)
         self.wcs = as_wcs(wcs)
         self.psf = GaussianPSF(MODEL_PSF_SIGMA) if psf is None else psf
-        if self.psf.num_channels != 1:
-            raise ValueError(f"A Frame wants one model PSF for all channels; got one of {self.psf.num_channels} channels.")
+        if (count := self.psf.num_channels) != 1:
+            raise ValueError(f"A Frame wants one model PSF for all channels; got one of {count} channels.")
         self.padding = int(padding)
 
     @classmethod
     def from_observations(
         cls,
-        observations: Sequence | eqx.Module,
+        observations,
         coverage: str = "union",
         *,
         pixel_scale=None,
@@ -136,7 +136,8 @@ class Frame(eqx.Module):
                 + ". Check their WCS or use coverage='union'."
             )
         padding = max(
-            int(np.ceil(obs.psf.extent * pixel_scale_of(obs.wcs) / pixel_scale_of(grid))) if grid is not None
+            int(np.ceil(obs.psf.extent * pixel_scale_of(obs.wcs) / pixel_scale_of(grid)))
+            if grid is not None
             else int(np.ceil(obs.psf.extent))
             for obs in observations
         )
@@ -230,9 +231,9 @@ def check_channels(channels: Sequence[Channel | list]) -> tuple[Channel, ...]:
     channels = tuple(tuple(c) if isinstance(c, list) else c for c in channels)
     repeated = sorted({str(c) for c in channels if channels.count(c) > 1})
     if not channels or repeated:
+        advice = f", where {', '.join(repeated)} repeat(s). Epochs of one band are named (band, epoch)"
         raise ValueError(
-            f"Channel names must be distinct and at least one; got {list(channels)}"
-            + (f", where {', '.join(repeated)} repeat(s). Epochs of one band are named (band, epoch)." if repeated else ".")
+            f"Channel names must be distinct and at least one; got {list(channels)}{advice if repeated else ''}."
         )
     return channels
 
@@ -247,13 +248,14 @@ def as_wcs(wcs: WCS | fits.Header | None) -> WCS | None:
     """
     if wcs is None:
         return None
+    given = wcs
     if isinstance(wcs, fits.Header):
         # In a cube the first two axes are the sky, mostly; SIP and a 2 x 2 CD matrix are then understood.
         plane = WCS(wcs, naxis=2)
-        wcs = plane if plane.has_celestial else WCS(wcs)
-    if not wcs.has_celestial:
-        raise ValueError(f"The WCS must have two celestial axes; got axis types {list(wcs.wcs.ctype)}.")
-    return wcs.celestial if wcs.naxis != 2 else wcs
+        given = plane if plane.has_celestial else WCS(wcs)
+    if not given.has_celestial:
+        raise ValueError(f"The WCS must have two celestial axes; got axis types {list(given.wcs.ctype)}.")
+    return given.celestial if given.naxis != 2 else given
 
 
 def pixel_scale_of(wcs: WCS) -> float:

@@ -180,9 +180,7 @@ class ImagePSF(AbstractPSF):
     @property
     def extent(self) -> float:  # noqa: D102
         y, x = np.mgrid[: self.image.shape[1], : self.image.shape[2]]
-        offset = np.maximum(
-            np.abs(y - self.center[:, 0, None, None]), np.abs(x - self.center[:, 1, None, None])
-        )
+        offset = np.maximum(np.abs(y - self.center[:, 0, None, None]), np.abs(x - self.center[:, 1, None, None]))
         bright = np.abs(self.image) > EXTENT_TOLERANCE * self.image.max(axis=(1, 2), keepdims=True)
         return float(offset[bright].max() + 0.5) / self.oversampling
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import astropy.units as u
+import equinox as eqx
 import numpy as np
 from astropy.table import QTable
 
@@ -35,6 +36,7 @@ def catalog(result: FitResult) -> QTable:
         of north; counter-clockwise from +x without a WCS], snr (of the flux over all channels), flags (`Flag` bits,
         explained in the table's metadata). A channel without any valid pixel has NaN flux and infinite error.
     """
+    result = _matched(result)
     scene, frame = result.scene, result.scene.frame
     names = list(scene.sources)
     flux, error = _fluxes(result)
@@ -72,6 +74,7 @@ def offset_errors(result: FitResult) -> dict[str, np.ndarray]:
 
     Everything else is marginalised over, the pixels of free images included.
     """
+    result = _matched(result)
     problem, state, _ = posterior.build(result.scene, result.observations, result.parameters)
     errors = {obs.name: np.full(2, np.nan) for obs in result.observations}
     for leaf in problem.leaves:
@@ -80,6 +83,12 @@ def offset_errors(result: FitResult) -> dict[str, np.ndarray]:
             covariance = marginal_covariance(problem, state, index)
             errors[result.observations[leaf.number].name] = np.sqrt(np.diag(covariance))
     return errors
+
+
+def _matched(result: FitResult) -> FitResult:
+    """Return the result with its observations matched: a loaded one has no renderers."""
+    observations = tuple(obs.match(result.scene.frame) if obs.renderer is None else obs for obs in result.observations)
+    return eqx.tree_at(lambda r: r.observations, result, observations)
 
 
 def _fluxes(result: FitResult) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +110,9 @@ def _fluxes(result: FitResult) -> tuple[np.ndarray, np.ndarray]:
             error[n, c] = _error_of_sum([t for t in terms if t[0] >= 0], covariance)
     seen = np.zeros(shape[1], bool)
     for obs in result.observations:
-        seen[list(obs.renderer.channels)] |= obs.noise.valid[(slice(None), *obs.renderer.window.slices)].any(axis=(1, 2))
+        seen[list(obs.renderer.channels)] |= obs.noise.valid[(slice(None), *obs.renderer.window.slices)].any(
+            axis=(1, 2)
+        )
     return np.where(seen, flux, np.nan), np.where(seen, error, np.inf)
 
 

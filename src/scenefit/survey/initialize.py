@@ -28,13 +28,15 @@ SHAPE_ROUNDS = 4
 """Rounds of solving for all rings and measuring every source's shape with the others subtracted."""
 MAX_ELLIPTICITY = 0.85
 """Largest ellipticity of a starting envelope."""
-MAX_ENTRIES = 40_000_000
+MAX_ENTRIES = 10_000_000
 """Entries of the ring design matrix; a larger one is thinned out by using every second, third ... pixel."""
 MIN_HALF_SIZE = 8
 """Smallest half stamp size in model pixels."""
 STAMP_FAINT, STAMP_FLUX = 0.03, 0.995
 """A stamp ends where the envelope falls below this fraction of the noise of a pixel, or holds this fraction of the flux."""
-MAX_DENSE_RINGS = 1000
+GRADIENT_STEPS = 100
+"""Accelerated gradient steps for more rings than that."""
+MAX_DENSE_RINGS = 700
 """Columns up to which the rings are solved for with dense matrices."""
 APERTURE_SIGMAS = 2.0
 """Radius of the aperture for the first spectra, in units of the observed PSF's standard deviation."""
@@ -86,15 +88,14 @@ def initialize(
     image, noise = detection_image(frame, sharpest)
     psf_sigma = _sky_sigma(sharpest) / (1.0 if frame.wcs is None else frame.pixel_scale)
     amplitudes, ellipticities = fit_rings(image, centers, psf_sigma)
-    weights = amplitudes.sum(axis=1)
+    fluxes = _aperture_fluxes(frame, observations, centers, amplitudes.sum(axis=1))
     sources = {}
     for n, (name, center) in enumerate(zip(names, centers, strict=True)):
         half = _half_size(frame, half_size) or _extent(amplitudes[n], ellipticities[n], noise, frame.box)
         box = Box.around(tuple(center), half).intersection(frame.box)
         y, x = np.mgrid[box.slices]
         envelope = _rings(y - center[0], x - center[1], ellipticities[n], model_psf_sigma(frame)) @ amplitudes[n]
-        flux = _aperture_spectrum(frame, observations, center, centers, weights)
-        sources[name] = Source(center, flux, _morphology(model, envelope, center, box))
+        sources[name] = Source(center, fluxes[n], _morphology(model, envelope, center, box))
     return Scene(frame, sources)
 
 
@@ -136,7 +137,9 @@ def _centers(frame, catalog):
         )
     if not all(inside):
         outside = [n for n, is_inside in enumerate(inside) if not is_inside]
-        warnings.warn(f"{len(outside)} catalogue source(s) outside the model frame left out: rows {outside}.", stacklevel=3)
+        warnings.warn(
+            f"{len(outside)} catalogue source(s) outside the model frame left out: rows {outside}.", stacklevel=3
+        )
     return positions[inside], [str(n) for n, is_inside in enumerate(inside) if is_inside]
 
 
@@ -225,14 +228,35 @@ def _solve_rings(design, image) -> np.ndarray:
     flat = image.ravel()
     valid = np.isfinite(flat)
     design, flat = design[valid], flat[valid]
-    gram, projection = (design.T @ design), design.T @ flat
-    if gram.shape[0] <= MAX_DENSE_RINGS:
+    if design.shape[1] <= MAX_DENSE_RINGS:
+        gram, projection = design.T @ design, design.T @ flat
         # min |L^T a - L^-1 p|^2 over a >= 0 is the same problem in as many rows as columns.
         dense = gram.toarray()
         dense[np.diag_indices_from(dense)] *= 1 + 1e-8
         lower = np.linalg.cholesky(dense)
         return scipy.optimize.nnls(lower.T, np.linalg.solve(lower, projection), maxiter=50 * len(dense))[0]
-    return scipy.optimize.lsq_linear(design, flat, bounds=(0, np.inf), lsmr_tol="auto", max_iter=50).x
+    return _projected_gradient(design, flat)
+
+
+def _projected_gradient(design, data) -> np.ndarray:
+    """Return non-negative amplitudes near the least-squares solution, by accelerated projected gradients.
+
+    (Beck & Teboulle 2009, SIAM J. Imaging Sci. 2, 183, eq. 4.1-4.3, doi:10.1137/080716542; restarted where the momentum
+    points uphill.) The diagonal step is bounded by the row and column sums of the non-negative design.
+    """
+    transposed = design.T.tocsr()
+    rows = design.tocsr()
+    curvature = np.maximum(transposed @ (rows @ np.ones(design.shape[1])), 1e-30)
+    best = np.zeros(design.shape[1])
+    ahead, momentum = best, 1.0
+    for _ in range(GRADIENT_STEPS):
+        following = np.maximum(ahead - transposed @ (rows @ ahead - data) / curvature, 0.0)
+        if ((ahead - following) * curvature) @ (following - best) > 0:
+            momentum = 1.0
+        faster = 0.5 * (1 + np.sqrt(1 + 4 * momentum**2))
+        ahead = following + (momentum - 1) / faster * (following - best)
+        best, momentum = following, faster
+    return best
 
 
 def _ring_shape(rest, center, amplitudes, ellipticity, psf_sigma) -> np.ndarray:
@@ -275,21 +299,23 @@ def _extent(amplitudes, ellipticity, noise, frame_box) -> int:
     return max(MIN_HALF_SIZE, int(end) + 2)
 
 
-def _aperture_spectrum(frame, observations, center, centers, weights):
-    """Return first fluxes in all channels of the frame: aperture sums, shared with the neighbours inside."""
-    flux = np.zeros(len(frame.channels))
+def _aperture_fluxes(frame, observations, centers, weights) -> np.ndarray:
+    """Return first fluxes (source, channel): aperture sums, shared with the neighbours inside by their weights."""
+    flux = np.zeros((len(centers), len(frame.channels)))
     for obs in observations:
-        position = pixel_map(frame.wcs, obs.wcs, centers[:, 0], centers[:, 1])
-        own = pixel_map(frame.wcs, obs.wcs, center[0], center[1])
-        y, x = np.mgrid[: obs.shape[1], : obs.shape[2]]
-        radius = max(1.5, APERTURE_SIGMAS * float(obs.psf.effective_sigma.max()))
-        inside = np.hypot(y - own[0], x - own[1]) <= radius
-        near = np.hypot(*(position - own).T) <= radius
-        share = weights[np.hypot(*(centers - center).T) < 1e-9][0] / weights[near].sum() if near.any() else 1.0
-        sums = ((obs.data - obs.background[:, None, None]) * (inside & obs.noise.valid)).sum(axis=(1, 2))
-        floor = 0.1 * obs.noise.level() * np.sqrt(max(inside.sum(), 1))
         index = list(frame.channel_index(obs.channels))
-        flux[index] = np.maximum(flux[index], np.maximum(2 * share * sums, floor))
+        data = np.where(obs.noise.valid, obs.data - obs.background[:, None, None], 0.0)
+        positions = pixel_map(frame.wcs, obs.wcs, centers[:, 0], centers[:, 1])
+        radius = max(1.5, APERTURE_SIGMAS * float(obs.psf.effective_sigma.max()))
+        floor = 0.1 * obs.noise.level() * np.sqrt(np.pi) * radius
+        for n, position in enumerate(positions):
+            box = Box.around(tuple(position), int(np.ceil(radius))).intersection(Box(obs.shape[1:]))
+            y, x = np.mgrid[box.slices]
+            inside = np.hypot(y - position[0], x - position[1]) <= radius
+            near = np.hypot(*(positions - position).T) <= radius
+            share = weights[n] / max(weights[near].sum(), 1e-30)
+            sums = (data[(slice(None), *box.slices)] * inside).sum(axis=(1, 2))
+            flux[n, index] = np.maximum(flux[n, index], np.maximum(2 * share * sums, floor))
     return flux
 
 

@@ -1,0 +1,142 @@
+"""The command line: scenefit demo, fit, show, info."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from astropy.table import QTable
+
+from scenefit.app import datasets, io, plot
+from scenefit.app.config import Settings, read_settings
+from scenefit.app.fitsfile import is_fits
+from scenefit.app.pipeline import run, write_figure
+from scenefit.app.serialization import load, package_version
+from scenefit.infer.fit import FitResult, Status
+from scenefit.sky.frame import pixel_scale_of
+
+app = typer.Typer(
+    help="Fit one scene to images of different instruments, each in its own pixels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results in a folder that exists.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+@app.command()
+def demo(out: Out = Path("scenefit_demo"), overwrite: Overwrite = False, quiet: Quiet = False):
+    """Fit the packaged field: a simulated blend seen by HST and HSC."""
+    directory = io.prepare_output(out, overwrite)
+    data = datasets.load("demo")
+    _fit(Settings(input=data.path, free_shift=("HSC",)), directory, quiet)
+
+
+@app.command()
+def fit(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Multi-instrument FITS file, or TOML settings.")],
+    out: Out,
+    catalog: Annotated[Path | None, typer.Option(help="Table with RA and DEC, instead of the HDU CATALOG.")] = None,
+    model: Annotated[str | None, typer.Option(help="What sources are made of: pixel, gaussian or point.")] = None,
+    free_shift: Annotated[
+        list[str] | None, typer.Option(help="Observation whose offset is fitted; repeatable.")
+    ] = None,
+    free_background: Annotated[
+        list[str] | None, typer.Option(help="Observation whose background is fitted; repeatable.")
+    ] = None,
+    coverage: Annotated[str | None, typer.Option(help="Model frame: union or intersection.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Tolerance of the fit, in standard deviations.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+):
+    """Fit the images of a file; write catalog.ecsv, model.asdf, images.fits, scene.png and summary.json."""
+    settings = read_settings(
+        source,
+        catalog=catalog,
+        model=model,
+        free_shift=tuple(free_shift) if free_shift else None,
+        free_background=tuple(free_background) if free_background else None,
+        coverage=coverage,
+        rtol=rtol,
+        max_steps=max_steps,
+    )
+    _fit(settings, io.prepare_output(out, overwrite), quiet)
+
+
+@app.command()
+def show(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `scenefit fit` wrote.")]):
+    """Print the results in a folder and draw scene.png, sources.png and convergence.png there from the saved model."""
+    model, table = directory / "model.asdf", directory / "catalog.ecsv"
+    missing = [path.name for path in (model, table, directory / "summary.json") if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{directory}: expected the results of `scenefit fit`; {', '.join(missing)} not there.")
+    result = load(model)
+    typer.echo(json.dumps(json.loads((directory / "summary.json").read_text(encoding="utf-8")), indent=2))
+    typer.echo("\n".join(QTable.read(table).pformat(max_lines=-1, max_width=-1)))
+    figures = {
+        "scene.png": plot.scene(result.scene, result.observations),
+        "sources.png": plot.sources(result.scene, result.observations),
+        "convergence.png": plot.convergence(result),
+    }
+    for name, figure in figures.items():
+        write_figure(directory / name, figure)
+        typer.echo(str(directory / name))
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(metavar="FILE", help="Multi-instrument FITS file or saved model.")]):
+    """Say what a file holds."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file.")
+    if is_fits(path):
+        observations, positions = io.read_observations(path), io.catalog_in(path)
+        typer.echo(f"{path}: {len(observations)} observation(s)")
+    else:
+        content = load(path)
+        observations, positions = getattr(content, "observations", ()), None
+        typer.echo(f"{path}: {type(content).__name__}")
+        if isinstance(content, FitResult):
+            typer.echo(f"  {content.status.value}, {len(content.scene.sources)} sources, loss {content.loss:.6g}")
+    for obs in observations:
+        scale = "no WCS" if obs.wcs is None else f'{pixel_scale_of(obs.wcs):.4g}"/pixel'
+        channels = ", ".join(str(channel) for channel in obs.channels)
+        typer.echo(f"  {obs.name}: {' x '.join(str(n) for n in obs.shape)}, {channels}; {scale}; {obs.flux_unit}")
+    if positions is not None:
+        typer.echo(f"  catalogue of {len(positions[0])} sources")
+
+
+def _fit(settings: Settings, directory: Path, quiet: bool):
+    """Run a fit and name what it wrote."""
+    result, written = run(settings, directory, progress=not quiet)
+    typer.echo(f"{len(result.scene.sources)} sources, {result.num_steps} steps, fit {result.status.value}. Written:")
+    for path in written:
+        typer.echo(f"  {path}")
+    if result.status is Status.INTERRUPTED:
+        raise typer.Exit(130)
+
+
+def _version(wanted: bool):
+    if wanted:
+        typer.echo(f"scenefit {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False):
+    pass
+
+
+def main():
+    """Run the command line; unusable input ends it with a message and exit code 2."""
+    try:
+        app()
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        message = exc.args[0] if isinstance(exc, KeyError) and exc.args else exc
+        typer.echo(f"scenefit: {message}", err=True)
+        raise SystemExit(2) from exc

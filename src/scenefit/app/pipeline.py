@@ -1,0 +1,150 @@
+"""From files to files: what `scenefit fit` does."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from pathlib import Path
+
+import astropy
+import jax
+import numpy as np
+from astropy.table import QTable
+
+from scenefit.app import io, plot
+from scenefit.app.config import Settings
+from scenefit.app.serialization import atomic_path, package_version, save
+from scenefit.infer.fit import FitResult, fit
+from scenefit.model.parameters import Parameters
+from scenefit.sky.frame import Frame
+from scenefit.survey.catalog import catalog, channel_label, offset_errors
+from scenefit.survey.initialize import initialize
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+FILES = ("catalog.ecsv", "model.asdf", "images.fits", "scene.png", "summary.json")
+"""What a run writes."""
+
+
+def run(settings: Settings, directory: Path, *, progress: bool = True) -> tuple[FitResult, list[Path]]:
+    """Fit the images of a file and write catalogue, model, images, picture and summary.
+
+    Parameters
+    ----------
+    settings : Settings
+    directory : Path
+        From `io.prepare_output`.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    FitResult
+    list of Path
+        Files written.
+
+    Raises
+    ------
+    OSError, ValueError, KeyError
+        For unusable input; nothing is written then.
+    """
+    clock = _Clock()
+    observations = io.read_observations(settings.input, zeropoints=dict(settings.zeropoints) or None)
+    positions = io.catalog_in(settings.input) if settings.catalog is None else io.read_catalog(settings.catalog)
+    if positions is None:
+        raise ValueError(
+            f"{settings.input}: expected an HDU CATALOG with RA and DEC of the sources, or --catalog TABLE."
+        )
+    clock.lap("read")
+    frame = Frame.from_observations(observations, settings.coverage)
+    scene = initialize(frame, observations, positions[0], model=settings.model)
+    parameters = Parameters.default(scene, observations)
+    for name in settings.free_background:
+        parameters = parameters.free(f"observations.{name}.background")
+    for name in settings.free_shift:
+        parameters = parameters.free(f"observations.{name}.astrometry.shift")
+    clock.lap("initialize")
+    result = fit(scene, observations, parameters, progress=progress, rtol=settings.rtol, max_steps=settings.max_steps)
+    clock.lap("fit")
+    table, errors = catalog(result), offset_errors(result)
+    clock.lap("measure")
+    written = write_results(directory, result, table)
+    clock.lap("write")
+    io.write_json(directory / "summary.json", summary(result, errors, clock.seconds))
+    return result, [*written, directory / "summary.json"]
+
+
+def write_results(directory: Path, result: FitResult, table: QTable) -> list[Path]:
+    """Write catalogue, model, images and picture; return their paths."""
+    paths = [directory / name for name in FILES[:4]]
+    with atomic_path(paths[0]) as temporary:
+        table.write(temporary, format="ascii.ecsv")
+    save(paths[1], result)
+    io.write_images(paths[2], result.scene, result.observations)
+    write_figure(paths[3], plot.scene(result.scene, result.observations))
+    return paths
+
+
+def write_figure(path: Path, figure):
+    """Write a figure as PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def summary(result: FitResult, errors: dict[str, np.ndarray], seconds: dict[str, float]) -> dict:
+    """Return what summary.json holds."""
+    observations = {}
+    for obs in result.observations:
+        count = obs.noise.valid.sum(axis=(1, 2))
+        chi_square = obs.chi_square(result.scene) / np.maximum(count, 1)
+        labels = [channel_label(channel) for channel in obs.channels]
+        observations[obs.name] = {
+            "chi_square_per_pixel": {
+                label: float(value) if n else None for label, value, n in zip(labels, chi_square, count, strict=True)
+            },
+            "offset_arcsec": [float(value) for value in obs.astrometry.shift],
+            "offset_error_arcsec": [float(value) for value in errors[obs.name]],
+        }
+    return {
+        "versions": {
+            "scenefit": package_version(),
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "astropy": astropy.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": {**seconds, "first_step": result.timing.get("first_step")},
+        "status": result.status.name,
+        "status_text": result.status.value,
+        "loss": result.loss,
+        "num_steps": result.num_steps,
+        "num_sources": len(result.scene.sources),
+        "peak_memory_mb": peak_memory_mb(),
+        "observations": observations,
+    }
+
+
+def peak_memory_mb() -> float | None:
+    """Return the largest resident memory of this process so far; None where the system doesn't say."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str):
+        """Write down the time since the last stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
