@@ -49,7 +49,7 @@ class Galaxy:
 
 
 GALAXIES = {
-    "a": Galaxy((0.35, -0.42), 0.28, (0.30, 0.10), {"v": 900.0, "g": 500.0, "r": 1200.0}),
+    "a": Galaxy((0.35, -0.42), 0.26, (0.30, 0.10), {"v": 900.0, "g": 500.0, "r": 1200.0}),
     "b": Galaxy((-0.30, 0.35), 0.20, (-0.10, 0.20), {"v": 500.0, "g": 450.0, "r": 700.0}),
     "c": Galaxy((0.72, 0.83), 0.24, (0.05, -0.25), {"v": 400.0, "g": 300.0, "r": 800.0}),
 }
@@ -182,6 +182,17 @@ def fit_blend(observations, *, free_shift=False, scale=1.0, **options) -> FitRes
     if free_shift:
         parameters = parameters.free("observations.coarse.astrometry.shift")
     return fit(scene, observations, parameters, progress=False, **options)
+
+
+def chi_square(scene, observations) -> float:
+    """Return the chi-square over the valid pixels whose centers lie on the frame, in float64."""
+    total = 0.0
+    for obs in observations:
+        matched = obs if obs.renderer is not None else obs.match(scene.frame)
+        window = (slice(None), *matched.renderer.window.slices)
+        squares = matched.noise.weights * (matched.data - matched.render(scene)) ** 2
+        total += float(squares[window][:, matched.renderer.inside].sum())
+    return total
 
 
 @functools.cache

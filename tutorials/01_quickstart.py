@@ -2,8 +2,8 @@
 
 The packaged demo field is a simulated blend of seven sources, seen by the Hubble Space Telescope (one F814W image with
 pixels of 0.03") and by Hyper Suprime-Cam (g, r, i, z, y images with pixels of 0.168"). The two have different PSFs,
-depths, orientations and flux units, and the coordinates of the second are wrong by a few hundredths of an arcsecond. One
-model is fitted to all six images, each in its own pixels, and compared with the truth that comes with the field.
+depths, orientations and flux units, and the coordinates of the second are wrong by a few hundredths of an arcsecond.
+One model is fitted to all six images, each in its own pixels, and compared with the truth that comes with the field.
 
     python 01_quickstart.py
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import scenefit as sf
 from scenefit.survey.catalog import offset_errors
 
-FAINT_MAG = 22.5  # in i; the field has one source below it, of S/N 30 in the HST image
+FAINT_MAG = 22.5  # in i; one source of the field is fainter
 
 
 def main():
@@ -74,8 +74,9 @@ def check_magnitudes(table: QTable, truth: Table):
     side_by_side["snr"] = np.round(table["snr"]).astype(int)
     print("\n".join(side_by_side.pformat(max_width=-1)))
 
-    # Free pixels describe any galaxy, but how much light is in its faint outskirts the data hardly say: that, and not
-    # the noise given in the columns flux_err_*, is what limits the magnitudes of galaxies here.
+    # Free pixels describe any galaxy, but the data hardly say how much light is in its faint outskirts, where
+    # non-negative pixels turn noise into light. That, and not the noise in the columns flux_err_*, limits the
+    # magnitudes: the bright sources are wrong by some hundredths, the faint one is too bright by half a magnitude.
     bright = truth["mag_i"] < FAINT_MAG
     for band in ("F814W", "i"):
         error = (table[f"mag_{band}"].value - truth[f"mag_{band}"].value)[bright]
@@ -103,7 +104,10 @@ def check_chi_square(result: sf.FitResult):
     """Print how well the model describes each image."""
     for obs in result.observations:
         per_pixel = obs.chi_square(result.scene) / obs.noise.valid.sum(axis=(1, 2))
-        print(f"{obs.name}: chi-square per pixel", {c: round(v, 2) for c, v in zip(obs.channels, per_pixel.tolist())})
+        print(
+            f"{obs.name}: chi-square per pixel",
+            {c: round(v, 2) for c, v in zip(obs.channels, per_pixel.tolist(), strict=True)},
+        )
         # A little below one where free pixels follow the noise; above one in g, where the spiral's bulge and arms
         # differ in color while a source has one color here.
         assert np.all((per_pixel > 0.85) & (per_pixel < 1.4))

@@ -116,7 +116,10 @@ def judge(result: sf.FitResult, title: str):
     print(f"{title}: {result.status.value} after {result.num_steps} steps, loss {result.loss:.0f}")
     for obs in result.observations:
         per_pixel = obs.chi_square(result.scene) / obs.noise.valid.sum(axis=(1, 2))
-        print(f"  {obs.name}: chi-square per pixel", {c: round(v, 3) for c, v in zip(obs.channels, per_pixel.tolist())})
+        print(
+            f"  {obs.name}: chi-square per pixel",
+            {c: round(v, 3) for c, v in zip(obs.channels, per_pixel.tolist(), strict=True)},
+        )
 
 
 def find(result: sf.FitResult, name: str) -> sf.Observation:
@@ -175,7 +178,7 @@ def report_fluxes(result: sf.FitResult, truth: Table | None):
     shown = table["id", "ra", "dec"]
     for channel in ("F814W", "g", "i"):
         flux, error = table[f"flux_{channel}"], table[f"flux_err_{channel}"]
-        shown[f"flux {channel}"] = [f"{f:.1f} +- {e:.1f}" for f, e in zip(flux.value, error.value)]
+        shown[f"flux {channel}"] = [f"{f:.1f} +- {e:.1f}" for f, e in zip(flux.value, error.value, strict=True)]
         if truth is not None:
             shown[f"true {channel}"] = np.round(truth[f"flux_{channel}"].value, 1)
     shown["snr"] = np.round(table["snr"], 0)
@@ -223,22 +226,23 @@ def show_dialects_and_epochs(result: sf.FitResult):
 
 def plot_frames(frames: dict[str, sf.Frame], observations, positions: SkyCoord) -> Figure:
     """Draw the outlines of images and model frames on the sky."""
-    center = frames["union"].to_sky(frames["union"].center).icrs
+    union = frames["union"]
+    to_arcsec = np.linalg.inv(union.sky_jacobian())
+
+    def offsets(sky):
+        return to_arcsec @ (union.to_pixel(sky) - union.center).T
 
     def outline(wcs, shape):
-        y0, x0, y1, x1 = -0.5, -0.5, shape[0] - 0.5, shape[1] - 0.5
-        corners = wcs.pixel_to_world([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0])
-        east, north = center.spherical_offsets_to(corners.icrs)
-        return east.to_value("arcsec"), north.to_value("arcsec")
+        low, high = -0.5, np.array(shape) - 0.5
+        return offsets(wcs.pixel_to_world([low, high[1], high[1], low, low], [low, low, high[0], high[0], low]))
 
     fig = Figure(figsize=(4.6, 4.6), layout="constrained")
     ax = fig.add_subplot()
-    for obs, color in zip(observations, ("#0072B2", "#D55E00")):
+    for obs, color in zip(observations, ("#0072B2", "#D55E00"), strict=True):
         ax.fill(*outline(obs.wcs, obs.shape[1:]), color=color, alpha=0.25, linewidth=0, label=f"{obs.name} image")
-    for (coverage, frame), style in zip(frames.items(), ("-", "--")):
+    for (coverage, frame), style in zip(frames.items(), ("-", "--"), strict=True):
         ax.plot(*outline(frame.wcs, frame.box.shape), "k", linestyle=style, linewidth=1.2, label=f"{coverage} frame")
-    east, north = center.spherical_offsets_to(positions.icrs)
-    ax.plot(east.to_value("arcsec"), north.to_value("arcsec"), "k+", label="sources")
+    ax.plot(*offsets(positions), "k+", label="sources")
     ax.set(xlabel="east [arcsec]", ylabel="north [arcsec]", aspect="equal")
     ax.invert_xaxis()
     ax.margins(0.12)
@@ -250,12 +254,13 @@ def plot_dipoles(before: sf.FitResult, after: sf.FitResult) -> Figure:
     """Show the HSC residuals, all bands together, with the offset fixed and free."""
     fig = Figure(figsize=(8.2, 3.9), layout="constrained")
     axes = fig.subplots(1, 2)
-    for ax, result, title in zip(axes, (before, after), ("offset fixed", "offset free")):
+    for ax, result, title in zip(axes, (before, after), ("offset fixed", "offset free"), strict=True):
         obs = find(result, "HSC")
         scaled = obs.residual(result.scene) / obs.noise.level()[:, None, None]
         image = np.where(obs.noise.valid.any(axis=0), scaled.sum(axis=0) / np.sqrt(len(scaled)), np.nan)
         shown = ax.imshow(image, cmap="RdBu_r", vmin=-5, vmax=5, origin="lower")
-        ax.contour(obs.render(result.scene).sum(axis=0), levels=5, colors="0.4", linewidths=0.5)
+        light = (obs.render(result.scene) - obs.background[:, None, None]).sum(axis=0)
+        ax.contour(light, levels=light.max() * np.array([0.05, 0.2, 0.4, 0.6, 0.8]), colors="0.4", linewidths=0.5)
         ax.set(title=title, xticks=[], yticks=[], facecolor="0.8")
     fig.colorbar(shown, ax=axes, label="HSC residual of all bands / σ", extend="both")
     return fig

@@ -1,9 +1,9 @@
 """A supernova on its host galaxy: one model for all epochs, and a light curve out of it.
 
 Difference imaging convolves a template to match each new image, resamples both and subtracts. None of that is needed
-where the images are modelled together: the host is the same in all of them, the supernova changes from one to the next,
-and each epoch keeps its own PSF, pointing, orientation, zeropoint and noise. The images from before the explosion act as
-the template simply by taking part.
+where the images are modelled together: the host is the same in all of them, the supernova changes from one to the
+next, and each epoch keeps its own PSF, pointing, orientation, zeropoint and noise. The images from before the
+explosion act as the template simply by taking part.
 
 Eight r-band epochs are simulated here with nothing but numpy and a WCS, so that the truth is exact and independent of
 the package: a galaxy of two Gaussian components, and a point source 0.7" off its center from the fourth epoch on.
@@ -58,7 +58,7 @@ def main():
     report("free in every epoch", flux, error)
     assert blind.is_converged
     quiet = flux[:NUM_QUIET] / error[:NUM_QUIET]
-    # No flux before the explosion, within the errors: 16.3 is the 99.9th percentile of chi-square with 3 degrees of freedom.
+    # No flux before the explosion, within the errors: 16.3 is the 99.9th percentile of chi-square for 3 epochs.
     assert np.sum(quiet**2) < 16.3
     explosion = int(np.argmax(flux / error > 5))
     print(f"first seen at more than 5 sigma on MJD {DAYS[explosion]}")
@@ -87,7 +87,7 @@ def main():
 def simulate_epochs(rng: np.random.Generator) -> list[sf.Observation]:
     """Draw one image a night, no two alike in orientation, pointing, PSF, depth and zeropoint."""
     observations = []
-    for day, supernova_flux in zip(DAYS, TRUE_FLUX):
+    for day, supernova_flux in zip(DAYS, TRUE_FLUX, strict=True):
         wcs = turned_wcs(rng.uniform(-40, 40), rng.uniform(-3, 3, size=2))
         # Second moments of the PSF in pixels: seeing of 0.75" to 1.3", a little elongated.
         psf_moments = ellipse(rng.uniform(1.6, 2.8), rng.uniform(0.85, 1), rng.uniform(0, np.pi))
@@ -180,7 +180,7 @@ def light_curve(result: sf.FitResult, name: str) -> tuple[np.ndarray, np.ndarray
 def report(title: str, flux, error):
     """Print a light curve beside the truth."""
     print(f"\n{title}\n  MJD   flux [nJy]     truth")
-    for day, value, sigma, true in zip(DAYS, flux, error, TRUE_FLUX):
+    for day, value, sigma, true in zip(DAYS, flux, error, TRUE_FLUX, strict=True):
         print(f"{day} {value:6.0f} +- {sigma:3.0f} {true:8.0f}")
 
 
@@ -205,15 +205,15 @@ def check_host(result: sf.FitResult):
 
 
 def plot_epochs(result: sf.FitResult) -> Figure:
-    """Show each epoch as observed, without the model of the host, and without the whole model, in units of its noise."""
+    """Show each epoch as observed, without the host and without the whole model, in units of its noise."""
     fig = Figure(figsize=(11, 4.3), layout="constrained")
     axes = fig.subplots(3, len(DAYS))
     norms = [AsinhNorm(2, -3, 60), AsinhNorm(4, -10, 10), AsinhNorm(4, -10, 10)]
     host_alone = result.scene.without("supernova")
-    for obs, column in zip(result.observations, axes.T):
+    for obs, column in zip(result.observations, axes.T, strict=True):
         images = (obs.data, obs.residual(host_alone), obs.residual(result.scene))
         place = obs.wcs.world_to_pixel(SUPERNOVA)
-        for ax, image, norm, colors in zip(column, images, norms, ("gray", "RdBu_r", "RdBu_r")):
+        for ax, image, norm, colors in zip(column, images, norms, ("gray", "RdBu_r", "RdBu_r"), strict=True):
             shown = ax.imshow(image[0] / obs.noise.level()[0], norm=norm, cmap=colors, origin="lower")
             ax.plot(*place, "o", ms=11, mfc="none", mec="#E69F00", mew=1)
             ax.set(xticks=[], yticks=[])
@@ -222,7 +222,7 @@ def plot_epochs(result: sf.FitResult) -> Figure:
         north = obs.wcs.world_to_pixel(HOST.directional_offset_by(0 * u.deg, 4 * u.arcsec))
         start = obs.wcs.world_to_pixel(HOST.directional_offset_by(0 * u.deg, 2.4 * u.arcsec))
         column[0].annotate("", north, start, arrowprops={"arrowstyle": "->", "color": "white"})
-    for ax, label in zip(axes[:, 0], ("observed", "− host", "− host\n− supernova")):
+    for ax, label in zip(axes[:, 0], ("observed", "− host", "− host\n− supernova"), strict=True):
         ax.set_ylabel(label)
     fig.colorbar(shown, ax=axes[1:], label="residual / σ", ticks=[-10, -3, 0, 3, 10], format="%g", pad=0.01)
     return fig
@@ -237,7 +237,7 @@ def plot_light_curve(blind, better) -> Figure:
     upper.plot(days, TRUE_FLUX, "_", color="black", ms=18, mew=1.5, label="truth")
     lower.axhspan(-1, 1, color="0.9")
     styles = (("free in every epoch", "#0072B2", "o", -0.5), ("zero before the explosion", "#D55E00", "s", 0.5))
-    for (flux, error), (label, color, marker, nudge) in zip((blind, better), styles):
+    for (flux, error), (label, color, marker, nudge) in zip((blind, better), styles, strict=True):
         seen = error > 0
         options = {"fmt": marker, "color": color, "ms": 4, "capsize": 2}
         upper.errorbar((days + nudge)[seen], flux[seen], error[seen], label=label, **options)

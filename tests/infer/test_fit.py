@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from scenefit.sky.frame import Frame
 from scenefit.survey.catalog import catalog, offset_errors
 from tests.blends import (
     DISPLACEMENT,
+    FINE_SCALE,
     GALAXIES,
+    chi_square,
     fit_blend,
     fitted,
     fitted_shift,
@@ -23,6 +27,7 @@ from tests.blends import (
     observe,
     on_frame,
     rough_scene,
+    true_scene,
 )
 from tests.helpers import make_observation
 
@@ -85,27 +90,25 @@ def test_what_the_result_holds():
 
 def test_the_loss_is_that_of_the_fitted_scene():
     result = fitted()
-    chi_square = sum(obs.chi_square(result.scene).sum() for obs in result.observations)
-    # 1e-4: residuals of 1 with rounding errors of 1e-5, sums of 2000 in float32.
-    assert result.loss == pytest.approx(chi_square / 2, rel=1e-4)
+    # 1e-5: sums of 2000 residuals of 1 in float32.
+    assert result.loss == pytest.approx(chi_square(result.scene, result.observations) / 2, rel=1e-5)
 
 
-def test_at_the_best_fit_no_step_of_a_tenth_of_a_sigma_helps():
-    """Convergence means a small distance to the minimum, seen from outside by rendering moved scenes."""
+def test_no_change_of_a_flux_lowers_the_chi_square():
+    """Convergence means a small distance to the minimum, seen from outside by rendering changed scenes."""
     result = fitted()
-    table = catalog(result)
-    for row in table:
-        name = row["id"]
-        source = result.scene.sources[name]
+    lowest = chi_square(result.scene, result.observations)
+    for row in catalog(result):
+        source = result.scene.sources[row["id"]]
         for channel, label in enumerate(result.scene.frame.channels):
             for sign in (1, -1):
                 flux = source.spectrum.flux.copy()
                 flux[channel] += 0.3 * sign * float(row[f"flux_err_{label}"])
-                moved = result.scene.with_sources(**{name: Source(source.center, flux, source.morphology)})
-                chi_square = sum(obs.chi_square(moved).sum() for obs in result.observations)
-                # Conditional errors are smaller than the marginal ones of the table, so that this is at least
-                # (0.3 - 0.03)^2 more but for the rounding of the sums, 2e-2.
-                assert chi_square > 2 * result.loss - 2e-2
+                changed = Source(source.center, flux, source.morphology)
+                changed = result.scene.with_sources(**{row["id"]: changed})
+                # The other parameters held, the error is not larger than that in the table: at least (0.3 - 0.1)^2
+                # more, where 0.1 is 3 times the distance that the fit may stop at.
+                assert chi_square(changed, result.observations) > lowest + 0.04
 
 
 def test_the_start_is_not_changed():
@@ -118,9 +121,10 @@ def test_the_start_is_not_changed():
 
 def test_one_observation_needs_no_list():
     fine, _ = observe()
-    frame = frame_of(fine)
-    assert fit_blend(fine, max_steps=1).observations[0].name == fit_blend([fine], max_steps=1).observations[0].name
-    assert frame.channels == ("v",)
+    scene = rough_scene(frame_of([fine]))
+    result = fit(scene, fine, progress=False, max_steps=1)
+    assert [obs.name for obs in result.observations] == ["fine"]
+    assert result.scene.frame.channels == ("v",)
 
 
 # ---- statuses, callbacks, errors
@@ -249,7 +253,7 @@ def test_a_shift_is_recovered_within_its_errors():
 
 
 def test_a_band_without_data_leaves_the_others_untouched():
-    dead = fit_blend(observe(dead=("g",)))
+    dead = fit_blend(observe(dead=("g",)), rtol=1e-3)
     table = catalog(dead)
     assert np.isnan(table["flux_g"]).all()
     assert np.isinf(table["flux_err_g"]).all()
@@ -261,14 +265,14 @@ def test_a_band_without_data_leaves_the_others_untouched():
         name: Source(s.center, s.spectrum.flux[[0, 2]], s.morphology)
         for name, s in rough_scene(frame_of()).sources.items()
     }
-    without = fit(Scene(frame, sources), [fine, single], progress=False)
+    without = fit(Scene(frame, sources), [fine, single], progress=False, rtol=1e-3)
     reference = catalog(without)
     assert dead.loss == pytest.approx(without.loss, rel=1e-5)
     for name in reference.colnames:
         if name in ("id", "flags"):
             continue
-        # 3e-4 of values determined to 1 %: both fits stop within 0.03 standard errors of the minimum.
-        np.testing.assert_allclose(table[name].value, reference[name].value, rtol=3e-4)
+        # 1e-4 of values determined to 1 %: both fits stop within 1e-3 standard errors of the minimum, rounding in float32.
+        np.testing.assert_allclose(table[name].value, reference[name].value, rtol=1e-4)
     assert (table["flags"] & table.meta["flags"]["NO_DATA"] > 0).all()
     assert not (reference["flags"] & reference.meta["flags"]["NO_DATA"]).any()
 
@@ -277,21 +281,15 @@ def test_a_band_without_data_leaves_the_others_untouched():
 
 
 def test_a_second_blend_of_the_same_padded_shape_compiles_nothing():
-    fitted()
     catalog(fitted())
-    others = dict(list(GALAXIES.items())[::-1])
-    rng = np.random.default_rng(8)
-    for galaxy in others.values():
-        assert galaxy.flux
-    observations = observe(others, seed=5, sigma=0.8, shift=(0.01, 0.01))
-    frame = frame_of(observations)
-    scene = rough_scene(frame, others)
-    sources = {n: Source(s.center + rng.normal(0, 0.2, 2), s.spectrum, s.morphology) for n, s in scene.sources.items()}
+    closer = {name: dataclasses.replace(g, position=tuple(0.9 * np.array(g.position))) for name, g in GALAXIES.items()}
+    observations = observe(closer, seed=5, sigma=0.8, shift=(0.01, 0.01))
+    scene = rough_scene(frame_of(observations), closer)
     COMPILATIONS.clear()
-    result = fit(Scene(frame, sources), observations, progress=False)
+    result = fit(scene, observations, progress=False)
     table = catalog(result)
     assert COMPILATIONS == []
-    assert result.status is Status.CONVERGED
+    assert result.is_converged
     assert len(table) == 3
 
 
@@ -347,29 +345,44 @@ def test_a_background_is_recovered():
 
 
 def test_a_stamp_grows_with_its_source():
-    """A wide galaxy that starts on 11 x 11 pixels, its neighbour's large enough stamp."""
-    shape, center = (48, 48), (23.0, 24.0)
-    rng = np.random.default_rng(2)
-    y, x = np.mgrid[:48, :48]
-    wide = 4000 * gaussian_density(y - center[0], x - center[1], (4.5**2 + 1.2**2) * np.eye(2))
-    small = 300 * gaussian_density(y - 40, x - 8, (1.0 + 1.2**2) * np.eye(2))
-    obs = make_observation(shape, data=wide + small + rng.normal(size=shape), psf=None, wcs=None)
-    frame = Frame(shape, channels=("g",), padding=8)
-    flat = PixelMorphology(np.ones((11, 11)), envelope=np.ones((11, 11)))
-    start = Scene(
-        frame,
-        {
-            "wide": Source(center, [2000.0], flat),
-            "small": Source((40, 8), [300.0], PixelMorphology(np.ones((11, 11)), envelope=np.ones((11, 11)))),
-        },
-    )
-    result = fit(start, obs, progress=False)
-    grown, kept = (result.scene.sources[name].morphology.image.shape for name in ("wide", "small"))
-    assert kept == (11, 11)
-    # Three times 1.4 of 11.
-    assert grown[0] == grown[1]
-    assert 21 <= grown[0] <= 31
-    assert result.parameters["sources.wide.morphology.image"].shape == grown
-    assert result.scene.sources["wide"].morphology.anchor == (grown[0] // 2, grown[1] // 2)
-    # Of the flux of a Gaussian of sigma 4.5, 78 % falls on the first stamp and 99.8 % on one of 29 pixels.
-    assert float(result.scene.sources["wide"].spectrum.flux[0]) == pytest.approx(4000, rel=0.05)
+    """A wide galaxy starts on a stamp that is too small for it, a narrow one on one that isn't."""
+    shape, center, side = (40, 40), (17.0, 22.0), 13
+    y, x = np.mgrid[:40, :40]
+    wide = 1500 * gaussian_density(y - center[0], x - center[1], (4.0**2 + 1.5**2) * np.eye(2))
+    narrow = 100 * gaussian_density(y - 34, x - 6, (0.7**2 + 1.5**2) * np.eye(2))
+    data = wide + narrow + np.random.default_rng(2).normal(size=shape)
+    obs = make_observation(shape, data=data, wcs=None)
+    sources = {}
+    for name, place, sigma, flux in (("wide", center, 4.0, 750.0), ("narrow", (34.0, 6.0), 0.7, 80.0)):
+        offsets = np.mgrid[-(side // 2) : side // 2 + 1, -(side // 2) : side // 2 + 1]
+        image = gaussian_density(*offsets, (sigma**2 + 0.7**2) * np.eye(2))
+        # Wings above zero: an envelope says where light may be.
+        image = np.maximum(image, 1e-6)
+        sources[name] = Source(place, [flux], PixelMorphology(image, envelope=image))
+    result = fit(Scene(Frame(shape, channels=("g",), padding=8), sources), obs, progress=False, max_steps=300)
+    assert result.is_converged
+    grown = result.scene.sources["wide"].morphology
+    assert result.scene.sources["narrow"].morphology.image.shape == (side, side)
+    assert min(grown.image.shape) >= 1.4 * side
+    assert grown.envelope.shape == grown.image.shape == result.parameters["sources.wide.morphology.image"].shape
+    assert grown.anchor == (grown.image.shape[0] // 2, grown.image.shape[1] // 2)
+    # Of a Gaussian of sigma 4.2, 77 % lies on 13 x 13 pixels, 95 % on 19 x 19; the error is 5 %, and the light outside
+    # pulls a little.
+    assert float(result.scene.sources["wide"].spectrum.flux[0]) == pytest.approx(1500, rel=0.1)
+
+
+def test_a_galaxy_may_start_too_small():
+    """The stamp of a galaxy whose size is fitted must not cut its wings."""
+    observations = observe(noise=False)
+    frame = frame_of(observations)
+    sources = {
+        name: Source(s.center, s.spectrum, GaussianMorphology(0.5 * float(s.morphology.half_light_radius)))
+        for name, s in true_scene(frame).sources.items()
+    }
+    result = fit(Scene(frame, sources), observations, progress=False)
+    for name, galaxy in GALAXIES.items():
+        fitted_source = result.scene.sources[name]
+        # 0.1 %: a tenth of the standard errors, without noise.
+        np.testing.assert_allclose(fitted_source.spectrum.flux, fluxes(frame, galaxy), rtol=1e-3)
+        size = float(fitted_source.morphology.half_light_radius) * FINE_SCALE
+        assert size == pytest.approx(galaxy.half_light_radius, rel=1e-3)

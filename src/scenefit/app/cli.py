@@ -121,10 +121,11 @@ def _fit(settings: Settings, directory: Path, quiet: bool):
         raise typer.Exit(130)
 
 
-def _version(wanted: bool):
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"scenefit {package_version()}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -8,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 COVERAGES = ("union", "intersection")
 MODELS = ("pixel", "gaussian", "point")
@@ -76,12 +77,12 @@ def read_settings(path: str | os.PathLike, **options) -> Settings:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a FITS file or a TOML file with settings; there is no such file.")
-    values = _read_toml(path) if path.suffix == ".toml" else {"input": path}
+    values: dict[str, Any] = _read_toml(path) if path.suffix == ".toml" else {"input": path}
     values.update({name: value for name, value in options.items() if value is not None})
     return Settings(**values)
 
 
-def _read_toml(path: Path) -> dict:
+def _read_toml(path: Path) -> dict[str, Any]:
     """Return the checked content of a TOML file."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -103,9 +104,9 @@ def _read_toml(path: Path) -> dict:
             near = difflib.get_close_matches(key, kinds, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(kinds)}."
             raise ValueError(f"{path}: unknown setting {key!r}{hint}")
-        if kinds[key] is float and isinstance(value, int):
+        if kinds[key] is float and type(value) is int:
             content[key] = float(value)
-        elif not isinstance(value, kinds[key]):
+        elif not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise ValueError(f"{path}: setting {key!r} wants a {kinds[key].__name__}; got {value!r}.")
     if "input" not in content:
         raise ValueError(f"{path}: expected a setting 'input', the FITS file to fit.")

@@ -150,6 +150,13 @@ class Observation(eqx.Module):
         """(channel, y, x)."""
         return self.data.shape
 
+    @property
+    def matched_renderer(self) -> Renderer:
+        """The renderer; raises ValueError if the observation isn't matched to a frame."""
+        if self.renderer is None:
+            raise ValueError(f"{self.name} has no renderer yet: use obs.match(frame) before rendering a model image.")
+        return self.renderer
+
     def match(self, frame: Frame) -> Observation:
         """Return the observation with its `renderer` from that frame."""
         renderer = Renderer.match(
@@ -187,8 +194,7 @@ class Observation(eqx.Module):
 
     def _render_model(self, model):
         """Render a model image and place it on the whole observation."""
-        if (renderer := self.renderer) is None:
-            raise ValueError(f"{self.name} has no renderer yet: use obs.match(frame) before rendering a model image.")
+        renderer = self.matched_renderer
         # The model is brought to order one: fluxes of any unit then pass through float32.
         model = np.asarray(model, dtype=float)
         scale = float(np.abs(model).max()) or 1.0

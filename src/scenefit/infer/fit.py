@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from scenefit.arrays.box import Box
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
-from scenefit.infer.posterior import Problem, State
+from scenefit.infer.problem import Problem, State
 from scenefit.model.morphology import PixelMorphology
 from scenefit.model.packing import component_box
 from scenefit.model.parameters import Parameters
@@ -223,8 +223,9 @@ class _Run:
         grown = {}
         views = [_View(obs, residual) for obs, residual in zip(observations, residuals, strict=True)]
         for path, component in scene.components():
-            if isinstance(component.morphology, PixelMorphology):
-                larger = _grown(component, scene.frame, views)
+            morphology = component.morphology
+            if isinstance(morphology, PixelMorphology):
+                larger = _grown(component, morphology, scene.frame, views)
                 if larger is not None:
                     grown[path] = larger
         self.growths += 1
@@ -266,11 +267,11 @@ class _View:
 
     def __init__(self, obs, residual):
         self.obs, self.residual = obs, -np.asarray(residual)
-        self.valid = obs.noise.valid[(slice(None), *obs.renderer.window.slices)] & obs.renderer.inside
+        self.valid = obs.noise.valid[(slice(None), *obs.matched_renderer.window.slices)] & obs.matched_renderer.inside
 
     def ring_sum(self, inner: Box, outer: Box, frame) -> tuple[float, int]:
         """Return the sum and number of the residuals between two boxes of the frame."""
-        window = self.obs.renderer.window
+        window = self.obs.matched_renderer.window
         (y0, x0), (y1, x1) = outer.origin, outer.stop
         corners = pixel_map(frame.wcs, self.obs.wcs, np.array([y0, y0, y1, y1]), np.array([x0, x1, x0, x1]))
         low, high = np.floor(corners.min(axis=0)).astype(int), np.ceil(corners.max(axis=0)).astype(int) + 1
@@ -288,17 +289,17 @@ class _View:
 def _inside(box: Box, position: np.ndarray) -> np.ndarray:
     """Return which positions (..., 2) lie on pixels of a box."""
     low, high = np.array(box.origin) - 0.5, np.array(box.stop) - 0.5
-    return ((position >= low) & (position < high)).all(axis=-1)
+    return np.asarray(np.all((position >= low) & (position < high), axis=-1))
 
 
-def _grown(component: Source, frame, views: Sequence[_View]) -> Source | None:
+def _grown(component: Source, morphology: PixelMorphology, frame, views: Sequence[_View]) -> Source | None:
     """Return the component with a larger stamp if the residuals just outside it are bright, else None.
 
     The statistic is the sum of the whitened residuals (data minus model) in a ring around the stamp, over its standard
     error: no bias from the positivity of the pixels.
     """
     box = component_box(component, frame)
-    larger = box.grow(max(3, int(round((GROWTH_RATIO - 1) / 2 * max(box.shape))))).intersection(frame.box)
+    larger = box.grow(max(3, round((GROWTH_RATIO - 1) / 2 * max(box.shape)))).intersection(frame.box)
     if larger.shape == box.shape:
         return None
     sums = [view.ring_sum(box, larger, frame) for view in views]
@@ -306,7 +307,6 @@ def _grown(component: Source, frame, views: Sequence[_View]) -> Source | None:
     if not total > GROWTH_SIGNIFICANCE * np.sqrt(max(count, 1)):
         return None
     offset = (box.origin[0] - larger.origin[0], box.origin[1] - larger.origin[1])
-    morphology = component.morphology
     anchor = (morphology.anchor[0] + offset[0], morphology.anchor[1] + offset[1])
     image = np.asarray(morphology.padded(larger.shape, offset).image)
     envelope = morphology.envelope

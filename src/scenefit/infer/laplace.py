@@ -7,6 +7,7 @@ pixels of all images included, by conjugate gradients.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -18,7 +19,8 @@ from jax import lax
 from scipy.sparse.csgraph import connected_components
 
 from scenefit.data.observation import Observation
-from scenefit.infer.posterior import Layout, Problem, State
+from scenefit.infer.posterior import Layout
+from scenefit.infer.problem import Problem, State
 from scenefit.infer.solvers import combine, dot, image_curvature, on_face, prior_terms
 from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
 
@@ -56,7 +58,7 @@ def vector_covariance(
     order = np.argsort(block, kind="stable")
     starts = np.concatenate([[0], np.nonzero(np.diff(block[order]))[0] + 1, [len(order)]])
     blocks = []
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
+    for first, last in itertools.pairwise(starts):
         members = order[first:last]
         blocks.append(_inverse(information[members][:, members].toarray()))
     inverse = scipy.sparse.block_diag(blocks, format="csr") if blocks else scipy.sparse.csr_matrix((0, 0))
@@ -64,7 +66,7 @@ def vector_covariance(
     return index, inverse[place][:, place]
 
 
-def marginal_covariance(problem: Problem, state: State, index: Sequence[int]) -> np.ndarray:
+def marginal_covariance(problem: Problem, state: State, index: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return the covariance of the vector coordinates `index`, everything else marginalised over.
 
     Pixels and fluxes at a bound count as known; all other free coordinates vary.
@@ -183,7 +185,7 @@ def _free_coordinates(problem: Problem, layout: Layout):
 
 def _footprints(layout: Layout, frame: Frame, obs: Observation) -> np.ndarray:
     """Return (y0, y1, x0, x1) of each component's rendered stamp in an observation's window, shape (member, 4)."""
-    window = obs.renderer.window
+    window = obs.matched_renderer.window
     scale = 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
     margin = obs.psf.extent + 2 + 2 * scale
     result = np.zeros((len(layout.members), 4), int)

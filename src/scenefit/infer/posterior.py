@@ -1,9 +1,4 @@
-"""The posterior of a scene and its observations as a function of packed coordinates.
-
-Everything here works on a `State`: a vector of coordinates (fluxes, centers, shapes, shifts, backgrounds) and the stacks
-of free-pixel images. Fluxes are in units of the noise of the data, so that no amplitude matters; sizes and the like are
-in unconstrained coordinates; fluxes, backgrounds and pixels keep their own values, within bounds.
-"""
+"""From a scene, observations and parameters to a packed problem, and back."""
 
 from __future__ import annotations
 
@@ -14,208 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float, Int, Shaped
 from numpyro.distributions import constraints
 
-from scenefit.data.noise import AbstractNoise
 from scenefit.data.observation import Observation
-from scenefit.data.renderer import Renderer
+from scenefit.infer.problem import Image, Leaf, Problem, State, unconstrained
 from scenefit.model.morphology import PixelMorphology
-from scenefit.model.packing import Member, Stack, evaluate_stacks, flux_units, model_psf_sigma, pack
+from scenefit.model.packing import Member, flux_units, model_psf_sigma, pack
 from scenefit.model.parameters import Parameters, unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
-
-
-class State(eqx.Module):
-    """A point in parameter space.
-
-    Attributes
-    ----------
-    vector : array, shape (n,)
-        Coordinates of everything but images.
-    images : tuple of arrays, shape (stack member, h, w)
-        Free-pixel images, one stack each.
-    """
-
-    vector: Shaped[Array, " n"]
-    images: tuple[Shaped[Array, "_ _ _"], ...]
-
-
-class Image(eqx.Module):
-    """One observation as the solver sees it: data and model in units of the noise level of each channel."""
-
-    renderer: Renderer
-    data: Float[Array, "channel y x"]
-    noise: AbstractNoise
-    shift: Float[Array, " 2"]
-    background: Float[Array, " channel"]
-    gain: Float[Array, " channel"]
-
-
-class Leaf(eqx.Module):
-    """Which part of the vector is which array of the problem.
-
-    Attributes
-    ----------
-    kind : "stack" or "image"
-    number : int
-        Which stack or image.
-    name : str
-        Attribute; "morphology.NAME" for a parameter of the morphology.
-    start, stop : int
-        Where it lies in the vector of elements.
-    shape : tuple of int
-    disk : bool
-        Whether the last axis is a pair inside the unit disk.
-    """
-
-    kind: str = eqx.field(static=True)
-    number: int = eqx.field(static=True)
-    name: str = eqx.field(static=True)
-    start: int = eqx.field(static=True)
-    stop: int = eqx.field(static=True)
-    shape: tuple[int, ...] = eqx.field(static=True)
-    disk: bool = eqx.field(static=True)
-
-
-class Problem(eqx.Module):
-    """All that a fit needs, as arrays: two blends of one padded shape differ in values only.
-
-    Attributes
-    ----------
-    stacks : tuple of Stack
-        Components; what is free in them is replaced by the state.
-    images : tuple of Image
-    index : array of int, shape (e,)
-        Element e of the leaves is coordinate `index[e]` (tied elements share one).
-    low, high : arrays, shape (e,)
-        Range of each element.
-    bounded : array of bool, shape (e,)
-        Whether the coordinate is the element itself, kept in range by projection, or a smooth map of it.
-    free : State of bool
-        What may change.
-    lowest, highest : State
-        Bounds of the coordinates.
-    priors : tuple of (distribution, int array, array)
-        Distribution, the elements that it holds for, and their unit.
-    image_priors : tuple of (array, array), shape (stack member, h, w)
-        Mean and inverse variance of the normal prior of each pixel; inverse variance 0 for none.
-    leaves : tuple of Leaf
-    psf_sigma : float
-    canvas : (int, int, int)
-    """
-
-    stacks: tuple[Stack, ...]
-    images: tuple[Image, ...]
-    index: Int[Array, " e"]
-    low: Float[Array, " e"]
-    high: Float[Array, " e"]
-    bounded: Bool[Array, " e"]
-    free: State
-    lowest: State
-    highest: State
-    priors: tuple
-    image_priors: tuple
-    psf_sigma: Float[Array, ""]
-    leaves: tuple[Leaf, ...]
-    canvas: tuple[int, int, int] = eqx.field(static=True)
-
-    def elements(self, vector: Float[Array, " n"]) -> Float[Array, " e"]:
-        """Return the parameter values from the coordinates."""
-        coordinate = vector[self.index]
-        values = jnp.where(self.bounded, coordinate, smooth_range(coordinate, self.low, self.high))
-        for leaf in self.leaves:
-            if leaf.disk:
-                pairs = coordinate[leaf.start : leaf.stop].reshape(-1, 2)
-                pairs = pairs / jnp.sqrt(1 + jnp.sum(pairs**2, axis=1, keepdims=True))
-                values = values.at[leaf.start : leaf.stop].set(pairs.ravel())
-        return values
-
-    def fill(self, state: State) -> tuple[list[Stack], list[Image]]:
-        """Return stacks and images with the values of a state."""
-        elements = self.elements(state.vector)
-        stacks, images = list(self.stacks), list(self.images)
-        for leaf in self.leaves:
-            value = elements[leaf.start : leaf.stop].reshape(leaf.shape)
-            group = stacks if leaf.kind == "stack" else images
-            group[leaf.number] = eqx.tree_at(_getter(leaf.name), group[leaf.number], value)
-        remaining = iter(state.images)
-        for number, stack in enumerate(stacks):
-            if isinstance(stack.morphology, PixelMorphology):
-                stacks[number] = eqx.tree_at(lambda s: s.morphology.image, stack, next(remaining))
-        return stacks, images
-
-    def model(self, state: State) -> Float[Array, "channel y x"]:
-        """Return the model image on the padded canvas."""
-        return evaluate_stacks(self.fill(state)[0], self.psf_sigma, self.canvas)
-
-    def residuals(self, state: State) -> tuple[Float[Array, "channel y x"], ...]:
-        """Return the whitened residuals (model minus data) of every observation."""
-        stacks, images = self.fill(state)
-        spectrum = jnp.fft.rfft2(evaluate_stacks(stacks, self.psf_sigma, self.canvas))
-        return tuple(
-            image.noise.whiten(
-                image.renderer(spectrum, image.shift) * image.gain[:, None, None]
-                + image.background[:, None, None]
-                - image.data
-            )
-            for image in images
-        )
-
-    def log_prior(self, vector: Float[Array, " n"]) -> Float[Array, ""]:
-        """Return the log-density of the priors at the parameter values."""
-        elements = self.elements(vector)
-        return sum(
-            (jnp.sum(prior.log_prob(elements[where] * unit)) for prior, where, unit in self.priors), jnp.zeros(())
-        )
-
-    def loss(self, state: State) -> Float[Array, ""]:
-        """Return half the chi-square minus the log-prior."""
-        chi_square = sum(jnp.vdot(residual, residual) for residual in self.residuals(state))
-        return 0.5 * chi_square - self.log_prior(state.vector) + 0.5 * self.image_penalty(state.images)
-
-    def image_penalty(self, images: tuple[Float[Array, "m h w"], ...]) -> Float[Array, ""]:
-        """Return the squared distance of the pixels from the means of their priors, in standard deviations."""
-        terms = [jnp.sum(w * (i - m) ** 2) for i, (m, w) in zip(images, self.image_priors, strict=True)]
-        return sum(terms, jnp.zeros(()))
-
-    def project(self, state: State) -> State:
-        """Return the nearest state within bounds."""
-        return jax.tree.map(jnp.clip, state, self.lowest, self.highest)
-
-
-def smooth_range(coordinate, low, high):
-    """Map unconstrained coordinates into (low, high): exponential with one bound, logistic with two, identity with none."""
-    has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
-    safe_low, safe_high = jnp.where(has_low, low, 0.0), jnp.where(has_high, high, 1.0)
-    grown = jnp.exp(jnp.clip(jnp.where(has_low, coordinate, -coordinate), -30, 30))
-    both = safe_low + (safe_high - safe_low) * jax.nn.sigmoid(coordinate)
-    one = jnp.where(has_low, safe_low + grown, safe_high - grown)
-    return jnp.where(has_low & has_high, both, jnp.where(has_low | has_high, one, coordinate))
-
-
-def unconstrained(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return the coordinate that `smooth_range` maps to `value` (moved inside by a hair where it lies on a bound)."""
-    result = np.array(value, dtype=float)
-    both, one_low = np.isfinite(low) & np.isfinite(high), np.isfinite(low) & ~np.isfinite(high)
-    one_high = ~np.isfinite(low) & np.isfinite(high)
-    with np.errstate(all="ignore"):
-        fraction = np.clip((value - low) / (high - low), 1e-4, 1 - 1e-4)
-        result = np.where(both, np.log(fraction / (1 - fraction)), result)
-        result = np.where(one_low, np.log(np.maximum(value - low, 1e-6)), result)
-        return np.where(one_high, -np.log(np.maximum(high - value, 1e-6)), result)
-
-
-def _getter(name):
-    """Return the function that takes attribute `name` (with dots) from a module, for `eqx.tree_at`."""
-
-    def get(module):
-        for part in name.split("."):
-            module = getattr(module, part)
-        return module
-
-    return get
 
 
 class Layout(eqx.Module):
@@ -271,7 +73,7 @@ def build(scene: Scene, observations: Sequence[Observation], parameters: Paramet
         leaves=table.leaves,
         canvas=(len(frame.channels), *frame.fft_shape),
     )
-    pixels = tuple(s.morphology.image for s in stacks if isinstance(s.morphology, PixelMorphology))
+    pixels = tuple(jnp.asarray(s.morphology.image) for s in stacks if isinstance(s.morphology, PixelMorphology))
     return problem, State(jnp.asarray(table.start, dtype), pixels), layout
 
 
@@ -345,23 +147,24 @@ def _flux_unit(frame, observations, levels) -> np.ndarray:
         if obs.renderer is None:
             raise ValueError(f"{obs.name} isn't matched to the frame: use obs.match(frame).")
         has_data = obs.noise.valid.any(axis=(1, 2))
-        for channel, value, seen in zip(obs.renderer.channels, level, has_data, strict=True):
+        for channel, value, seen in zip(obs.matched_renderer.channels, level, has_data, strict=True):
             unit[channel] = min(unit[channel], value if seen else np.inf)
     return np.where(np.isfinite(unit), unit, 1.0)
 
 
 def _as_image(obs: Observation, level, unit) -> Image:
     """Return the observation in units of its noise level, restricted to the pixels on the frame."""
-    window = obs.renderer.window.slices
+    renderer = obs.matched_renderer
+    window = renderer.window.slices
     dtype = jnp.result_type(float)
-    noise = obs.noise.scaled(level).restricted(obs.renderer.inside, window)
+    noise = obs.noise.scaled(level).restricted(renderer.inside, window)
     return Image(
-        renderer=eqx.tree_at(lambda r: r.inside, obs.renderer, jnp.asarray(obs.renderer.inside)),
+        renderer=eqx.tree_at(lambda r: r.inside, renderer, jnp.asarray(renderer.inside)),
         data=jnp.asarray(obs.data[(slice(None), *window)] / level[:, None, None], dtype),
         noise=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), noise),
         shift=jnp.asarray(obs.astrometry.shift, dtype),
         background=jnp.asarray(obs.background / level, dtype),
-        gain=jnp.asarray(unit[list(obs.renderer.channels)] / level, dtype),
+        gain=jnp.asarray(unit[list(renderer.channels)] / level, dtype),
     )
 
 
@@ -374,7 +177,9 @@ class _ElementTable:
         self.bounded, self.free, self.index = np.zeros(0, bool), np.zeros(0, bool), np.zeros(0, int)
         self.places: dict[str, np.ndarray] = {}
 
-    def add(self, kind, number, name, value, entries, parameters: Parameters, linear: bool, unit=1.0):
+    def add(
+        self, kind, number, name, value, entries, parameters: Parameters, linear: bool, unit: float | np.ndarray = 1.0
+    ):
         """Add an array; `entries` are (path, indices into the array) of the parameters that it holds."""
         value = np.asarray(value, dtype=float)
         specs = [(parameters.table[path], where) for path, where in entries]

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.stamps import add_stamps
-from scenefit.infer.posterior import Problem, State
+from scenefit.infer.problem import Problem, State
 from scenefit.model.morphology import PixelMorphology
 
 NUM_PROBES = 4
@@ -187,7 +187,7 @@ def gauss_newton_step(
         loss=jnp.where(accepted, loss, carry.loss),
         accepted=accepted,
         decrement=0.5 * dot(loop.step, jax.tree.map(jnp.negative, loop.gradient)),
-        num_free=sum(jnp.sum(f) for f in jax.tree.leaves(loop.face)),
+        num_free=_count(loop.face),
         projected_gradient=_scaled_gradient(problem, state, loop),
         num_products=loop.count + 1,
     )
@@ -333,13 +333,19 @@ def _scaled_gradient(problem, state, loop: _Loop):
         problem.lowest,
         problem.highest,
     )
-    count = sum(jnp.sum(f) for f in jax.tree.leaves(loop.face))
+    count = _count(loop.face)
     return jnp.sqrt(dot(moves, moves) / jnp.maximum(count, 1))
 
 
 def dot(a: State, b: State) -> Float[Array, ""]:
     """Return the inner product of two states."""
-    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    products = [jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return jnp.sum(jnp.stack(products))
+
+
+def _count(face: State) -> Int[Array, ""]:
+    """Return the number of coordinates on the face."""
+    return jnp.sum(jnp.stack([jnp.sum(f) for f in jax.tree.leaves(face)]))
 
 
 def combine(a: State, factor, b: State) -> State:

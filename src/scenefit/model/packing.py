@@ -22,6 +22,9 @@ from scenefit.model.morphology import PixelMorphology
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 
+SPARE_CANVASES = 3
+"""Pixels, in units of the canvas, that stamps may be padded by to have fewer distinct sizes."""
+
 
 class Stack(eqx.Module):
     """Components of one kind and stamp size; padded members have no mask and no flux.
@@ -101,7 +104,8 @@ def component_box(component: Source, frame: Frame) -> Box:
     morphology = component.morphology
     if isinstance(morphology, PixelMorphology):
         corner = [int(np.rint(c)) - a for c, a in zip(np.asarray(component.center), morphology.anchor, strict=True)]
-        return Box(morphology.image.shape, (corner[0], corner[1]))
+        height, width = morphology.image.shape
+        return Box((height, width), (corner[0], corner[1]))
     half = int(np.ceil(morphology.radius(model_psf_sigma(frame))))
     return Box.around(tuple(np.asarray(component.center, float)), half).intersection(frame.box)
 
@@ -146,7 +150,9 @@ def pack(
                 f"{frame.box.shape} pixels. Remove the source, cut its image or enlarge the frame."
             )
         placed.append((path, component, box))
-    buckets = merged_buckets([bucket_size(max(box.shape)) for _, _, box in placed], canvas[0] * canvas[1])
+    buckets = merged_buckets(
+        [bucket_size(max(box.shape)) for _, _, box in placed], SPARE_CANVASES * canvas[0] * canvas[1]
+    )
     placed = [
         (path, component, box, (min(side, canvas[0]), min(side, canvas[1])))
         for (path, component, box), side in zip(placed, buckets, strict=True)

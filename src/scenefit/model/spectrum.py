@@ -72,7 +72,7 @@ class StaticSpectrum(AbstractSpectrum):
 
     def __init__(self, flux, bands: Sequence[str]):
         self.flux = _check_flux(flux)
-        self.bands = check_channels(bands)
+        self.bands = tuple(str(band) for band in check_channels(bands))
         if len(self.bands) != len(self.flux):
             raise ValueError(
                 f"StaticSpectrum has {len(self.flux)} flux(es) for {len(self.bands)} band(s) {self.bands}."

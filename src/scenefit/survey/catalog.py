@@ -79,7 +79,7 @@ def offset_errors(result: FitResult) -> dict[str, np.ndarray]:
     errors = {obs.name: np.full(2, np.nan) for obs in result.observations}
     for leaf in problem.leaves:
         if leaf.kind == "image" and leaf.name == "shift":
-            index = np.asarray(problem.index)[leaf.start : leaf.stop]
+            index = np.asarray(problem.index)[leaf.start : leaf.stop].tolist()
             covariance = marginal_covariance(problem, state, index)
             errors[result.observations[leaf.number].name] = np.sqrt(np.diag(covariance))
     return errors
@@ -110,9 +110,9 @@ def _fluxes(result: FitResult) -> tuple[np.ndarray, np.ndarray]:
             error[n, c] = _error_of_sum([t for t in terms if t[0] >= 0], covariance)
     seen = np.zeros(shape[1], bool)
     for obs in result.observations:
-        seen[list(obs.renderer.channels)] |= obs.noise.valid[(slice(None), *obs.renderer.window.slices)].any(
-            axis=(1, 2)
-        )
+        seen[list(obs.matched_renderer.channels)] |= obs.noise.valid[
+            (slice(None), *obs.matched_renderer.window.slices)
+        ].any(axis=(1, 2))
     return np.where(seen, flux, np.nan), np.where(seen, error, np.inf)
 
 
