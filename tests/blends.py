@@ -20,7 +20,7 @@ from tests.helpers import tangent_wcs
 FINE_SHAPE, FINE_SCALE, FINE_PSF = (40, 40), 0.1, 1.2
 COARSE_SHAPE, COARSE_SCALE, COARSE_PSF = (16, 16), 0.25, 1.3
 COARSE_ROTATION = 15.0
-DISPLACEMENT = (0.04, -0.025)
+DISPLACEMENT, BACKGROUND = (0.04, -0.025), 2.5
 CHANNELS = {"fine": ("v",), "coarse": ("g", "r")}
 
 
@@ -71,7 +71,7 @@ def draw(galaxy, channel, shape, scale, psf_sigma, rotation_deg=0.0, shift=(0.0,
     # (north, west) of a pixel from (y, x): the axes of the image are turned by `rotation_deg` (see `tangent_header`).
     turn = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     inverse = np.linalg.inv(turn)
-    place = np.array(galaxy.position) + [shift[1], -shift[0]]
+    place = np.add(galaxy.position, (shift[1], -shift[0]))
     center = inverse @ place + (np.array(shape) - 1) / 2
     moments = inverse @ galaxy.moments @ inverse.T + psf_sigma**2 * np.eye(2)
     y, x = np.mgrid[: shape[0], : shape[1]]
@@ -170,17 +170,17 @@ def rough_scene(frame, galaxies=GALAXIES, *, scale=1.0) -> Scene:
     sources = {}
     for n, (name, galaxy) in enumerate(galaxies.items()):
         flux = fluxes(frame, galaxy, scale) * (0.6 + 0.3 * n)
-        center = on_frame(frame, galaxy) + [0.4 - 0.3 * n, -0.3 + 0.2 * n]
+        center = np.add(on_frame(frame, galaxy), (0.4 - 0.3 * n, -0.3 + 0.2 * n))
         sources[name] = Source(center, flux, GaussianMorphology(1.3 * galaxy.half_light_radius / FINE_SCALE))
     return Scene(frame, sources)
 
 
-def fit_blend(observations, *, free_shift=False, scale=1.0, **options) -> FitResult:
-    """Fit the blend from the rough start."""
+def fit_blend(observations, *, free_coarse=False, scale=1.0, **options) -> FitResult:
+    """Fit the blend from the rough start, with offset and background of the coarse image if asked for."""
     scene = rough_scene(frame_of(observations), scale=scale)
     parameters = Parameters.default(scene, observations)
-    if free_shift:
-        parameters = parameters.free("observations.coarse.astrometry.shift")
+    if free_coarse:
+        parameters = parameters.free("observations.coarse")
     return fit(scene, observations, parameters, progress=False, **options)
 
 
@@ -203,5 +203,6 @@ def fitted() -> FitResult:
 
 @functools.cache
 def fitted_shift(scale=1.0) -> FitResult:
-    """Return the fit of a blend whose coarse image is displaced by `DISPLACEMENT`, with its offset free."""
-    return fit_blend(observe(shift=DISPLACEMENT, scale=scale), free_shift=True, scale=scale)
+    """Return the fit of a blend whose coarse image has an offset and a background, both free."""
+    observations = observe(shift=DISPLACEMENT, background=BACKGROUND, scale=scale)
+    return fit_blend(observations, free_coarse=True, scale=scale)

@@ -1,4 +1,4 @@
-"""Peer: scarlet2's multi-resolution fit of one HST + HSC field; run in its own environment (`pip install scarlet2==0.5.1`).
+"""Peer: scarlet2 on one field of HST and HSC images; run in its own environment (`pip install scarlet2==0.5.1`).
 
     python scarlet2_blend.py FIELD.fits OUT.npz [--max-iter 1000]
 

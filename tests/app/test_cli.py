@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace

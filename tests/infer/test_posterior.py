@@ -286,7 +286,8 @@ def test_the_gradient_equals_finite_differences(precise, name):
     step = 1e-5 * (1e-2 if name == "image pixel" else 1.0)
     with jax.enable_x64(True):
         ahead, behind = (
-            float(evaluate_loss(problem, jax.tree.map(lambda s, d: s + t * d, state, direction))) for t in (step, -step)
+            float(evaluate_loss(problem, jax.tree.map(lambda s, d, t=t: s + t * d, state, direction)))
+            for t in (step, -step)
         )
     expected = (ahead - behind) / (2 * step)
     slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))

@@ -184,7 +184,7 @@ def test_a_quantity_for_a_number_without_unit(parameters):
 
 
 def test_freeing_all_shifts_raises(parameters):
-    with pytest.raises(ValueError, match="All observations' astrometry.shift are free; nothing then says where"):
+    with pytest.raises(ValueError, match=r"All observations' astrometry\.shift are free; nothing then says where"):
         parameters.free("observations.*.astrometry.shift")
     one = parameters.free(SHIFT.format("HST"))
     with pytest.raises(ValueError, match="Keep at least one"):

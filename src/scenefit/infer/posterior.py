@@ -183,7 +183,8 @@ class _ElementTable:
         """Add an array; `entries` are (path, indices into the array) of the parameters that it holds."""
         value = np.asarray(value, dtype=float)
         specs = [(parameters.table[path], where) for path, where in entries]
-        if not any(p.free or (p.tied_to and parameters.table[p.tied_to].free) for p, _ in specs):
+        anchors = {p.tied_to for p in parameters}
+        if not any(p.free or p.tied_to or p.path in anchors for p, _ in specs):
             return
         first, shape = len(self.start), value.shape
         low, high, free = np.full(shape, -np.inf), np.full(shape, np.inf), np.zeros(shape, bool)
@@ -241,8 +242,7 @@ def _element_table(stacks, components, channels, observations, parameters, layou
                 (f"{path}.{suffix}", np.s_[m.row] if count is None else np.s_[m.row, :count]) for path, m, _ in rows
             ]
 
-        if not isinstance(stack.morphology, PixelMorphology):
-            table.add("stack", number, "center", stack.center, entries("center"), parameters, linear=True)
+        table.add("stack", number, "center", stack.center, entries("center"), parameters, linear=True)
         num_flux = stack.flux.shape[1]
         units = np.ones(stack.flux.shape)
         for _, member, component in rows[number]:
