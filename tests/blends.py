@@ -175,9 +175,9 @@ def rough_scene(frame, galaxies=GALAXIES, *, scale=1.0) -> Scene:
     return Scene(frame, sources)
 
 
-def fit_blend(observations, *, free_coarse=False, scale=1.0, **options) -> FitResult:
+def fit_blend(observations, galaxies=GALAXIES, *, free_coarse=False, scale=1.0, **options) -> FitResult:
     """Fit the blend from the rough start, with offset and background of the coarse image if asked for."""
-    scene = rough_scene(frame_of(observations), scale=scale)
+    scene = rough_scene(frame_of(observations), galaxies, scale=scale)
     parameters = Parameters.default(scene, observations)
     if free_coarse:
         parameters = parameters.free("observations.coarse")

@@ -104,7 +104,7 @@ class TestReadSettings:
             free_shift=("HSC", "VIS"),
             free_background=("HSC",),
             coverage="intersection",
-            zeropoints={"HST": 25.94, "HSC": 27},
+            zeropoints={"HST": 25.94, "HSC": 27.0},
             rtol=0.1,
             max_steps=7,
         )
@@ -140,6 +140,10 @@ class TestReadSettings:
             ('input = "a"\nrtol = true', r"setting 'rtol' wants a float; got True"),
             ('input = "a"\nrtol = "small"', r"setting 'rtol' wants a float; got 'small'"),
             ('input = "a"\nzeropoints = 25.0', r"setting 'zeropoints' wants a dict; got 25\.0"),
+            (
+                'input = "a"\nzeropoints = {HST = true}',
+                r"zeropoints wants AB magnitudes by observation; got \{'HST': True\}",
+            ),
             ("input = 3", r"setting 'input' wants a str; got 3"),
             ('input = "a"\nmodel = "sersics"', r"model is one of"),
         ],

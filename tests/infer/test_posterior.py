@@ -23,6 +23,7 @@ from tests.blends import (
     FINE_SCALE,
     FINE_SHAPE,
     GALAXIES,
+    chi_square,
     draw,
     observe,
     rough_scene,

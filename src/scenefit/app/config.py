@@ -110,6 +110,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: setting {key!r} wants a {kinds[key].__name__}; got {value!r}.")
     if "input" not in content:
         raise ValueError(f"{path}: expected a setting 'input', the FITS file to fit.")
+    zeropoints = content.get("zeropoints", {})
+    if wrong := {name: value for name, value in zeropoints.items() if type(value) not in (int, float)}:
+        raise ValueError(f"{path}: setting zeropoints wants AB magnitudes by observation; got {wrong}.")
+    content["zeropoints"] = {name: float(value) for name, value in zeropoints.items()}
     for key in ("input", "catalog"):
         if key in content:
             content[key] = path.parent / content[key]

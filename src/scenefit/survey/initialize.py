@@ -44,7 +44,7 @@ APERTURE_SIGMAS = 2.0
 
 def initialize(
     frame: Frame,
-    observations: Sequence[Observation],
+    observations: Sequence[Observation] | Observation,
     catalog: SkyCoord | np.ndarray | None = None,
     *,
     model: str = "pixel",
