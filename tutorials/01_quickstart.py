@@ -60,7 +60,7 @@ def main():
     plot_magnitudes(table, truth).savefig("01_magnitudes.png", dpi=150)
 
     save_and_refit(result, table)
-    print("written:", *sorted(p.name for p in Path().glob("01_*")))
+    print("written:", *sorted(path.name for end in ("png", "ecsv", "asdf") for path in Path().glob(f"01_*.{end}")))
 
 
 def check_magnitudes(table: QTable, truth: Table):

@@ -201,6 +201,14 @@ def test_build_and_unpack_are_a_round_trip(frame, observations, mixed, eps):
         np.testing.assert_allclose(new.background, old.background, rtol=20 * eps)
 
 
+def test_parts_keep_their_order(frame, observations):
+    parts = {name: Source((20.0, 20.0), [1.0, 1.0, 1.0], PointMorphology()) for name in ("nucleus", "disk")}
+    scene = Scene(frame, {"z": CompositeSource(parts), "a": parts["disk"]})
+    built = posterior.build(scene, observations, Parameters.default(scene, observations))
+    again, _ = posterior.unpack(*built, scene, observations)
+    assert [path for path, _ in again.components()] == [path for path, _ in scene.components()]
+
+
 def test_what_a_state_says_arrives_in_the_scene(frame, observations, mixed, eps):
     """Twice the image is twice the flux; a coordinate more is a pixel, an arcsec, a flux unit more."""
     problem, state, layout = mixed

@@ -17,7 +17,7 @@ from scenefit.model.morphology import PixelMorphology
 from scenefit.model.packing import Member, flux_units, model_psf_sigma, pack
 from scenefit.model.parameters import Parameters, unit_disk
 from scenefit.model.scene import Scene
-from scenefit.model.source import Source
+from scenefit.model.source import CompositeSource, Source
 
 
 class Layout(eqx.Module):
@@ -137,7 +137,7 @@ def _replace_components(source, path, fitted):
     if isinstance(source, Source):
         return fitted[path]
     parts = {name: _replace_components(part, f"{path}.parts.{name}", fitted) for name, part in source.parts.items()}
-    return eqx.tree_at(lambda s: s.parts, source, parts)
+    return CompositeSource(parts)
 
 
 def _flux_unit(frame, observations, levels) -> np.ndarray:

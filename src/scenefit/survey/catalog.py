@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import astropy.units as u
-import equinox as eqx
 import numpy as np
 from astropy.table import QTable
 
@@ -88,7 +89,8 @@ def offset_errors(result: FitResult) -> dict[str, np.ndarray]:
 def _matched(result: FitResult) -> FitResult:
     """Return the result with its observations matched: a loaded one has no renderers."""
     observations = tuple(obs.match(result.scene.frame) if obs.renderer is None else obs for obs in result.observations)
-    return eqx.tree_at(lambda r: r.observations, result, observations)
+    # Not a tree operation: those sort the sources by name.
+    return dataclasses.replace(result, observations=observations)
 
 
 def _fluxes(result: FitResult) -> tuple[np.ndarray, np.ndarray]:

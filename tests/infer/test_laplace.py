@@ -1,0 +1,123 @@
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+from scenefit.infer import posterior
+from scenefit.infer.laplace import marginal_covariance, vector_covariance
+from scenefit.model.morphology import GaussianMorphology, PixelMorphology
+from scenefit.model.parameters import Parameters
+from scenefit.model.scene import Scene
+from scenefit.model.source import Source
+from scenefit.sky.frame import Frame
+from scenefit.sky.psf import GaussianPSF
+from tests.blends import fitted_shift, frame_of, gaussian_density, observe, true_scene
+from tests.helpers import make_observation
+
+
+def jacobian(problem, state):
+    """Derivatives of all whitened residuals, as columns: vector coordinates, then pixels of all images."""
+    vector, unravel = jax.flatten_util.ravel_pytree(state)
+    forward = jax.jit(
+        jax.linearize(lambda v: jax.flatten_util.ravel_pytree(problem.residuals(unravel(v)))[0], vector)[1]
+    )
+    return np.stack([np.asarray(forward(unit), float) for unit in jnp.eye(len(vector))], axis=-1)
+
+
+def build_precise(tie=False):
+    """Problem of the true blend in double precision: offset, background and a prior free."""
+    observations = observe()
+    frame = frame_of(observations)
+    scene = true_scene(frame)
+    parameters = Parameters.default(scene, observations).free("observations.coarse")
+    parameters = parameters.prior("sources.b.morphology.half_light_radius", dist.Normal(2.0, 0.05))
+    if tie:
+        parameters = parameters.tie("sources.a.morphology.ellipticity", "sources.c.morphology.ellipticity")
+    matched = [obs.match(frame) for obs in observations]
+    return *posterior.build(scene, matched, parameters), frame, matched
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["plain", "tied"])
+def test_vector_covariance_equals_the_dense_inverse(tie):
+    with jax.enable_x64(True):
+        problem, state, layout, frame, observations = build_precise(tie)
+        index, covariance = vector_covariance(problem, state, layout, frame, observations)
+        columns = jacobian(problem, state)
+        radius = next(leaf for leaf in problem.leaves if leaf.name == "morphology.half_light_radius").start + 1
+        # The prior on a radius r = exp(c): the density in r, curvature (r / sigma)^2 of its square, as r sits on the mean.
+        curvature = np.zeros(columns.shape[1])
+        curvature[radius] = (2.0 / 0.05) ** 2
+    free = np.asarray(problem.free.vector)
+    expected = np.linalg.inv((columns.T @ columns + np.diag(curvature))[np.ix_(free, free)])
+    np.testing.assert_array_equal(index, np.nonzero(free)[0])
+    sigma = np.sqrt(np.diag(expected))
+    # 1e-3: derivative images are cut where they fall below 1e-5 of their peak and beyond the stamps.
+    np.testing.assert_allclose(
+        covariance.toarray() / np.outer(sigma, sigma), expected / np.outer(sigma, sigma), atol=1e-3
+    )
+
+
+def test_marginal_covariance_of_a_vector_equals_vector_covariance():
+    result = fitted_shift()
+    problem, state, layout = posterior.build(result.scene, result.observations, result.parameters)
+    index, covariance = vector_covariance(problem, state, layout, result.scene.frame, result.observations)
+    shift = next(leaf for leaf in problem.leaves if leaf.name == "shift")
+    numbers = np.arange(shift.start, shift.stop)
+    places = np.searchsorted(index, numbers)
+    marginal = marginal_covariance(problem, state, numbers)
+    sigma = np.sqrt(np.diag(marginal))
+    # 2e-2: the conjugate gradients stop at a squared residual of 1e-6, a permille of the standard error.
+    expected = covariance[places][:, places].toarray()
+    np.testing.assert_allclose(marginal / np.outer(sigma, sigma), expected / np.outer(sigma, sigma), atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def pixel_problem():
+    """A free image beside a Gaussian in two observations, one with a free offset; some pixels lie at their bound."""
+    shape = (20, 20)
+    frame = Frame(shape, channels=("g", "r"), padding=10)
+    rng = np.random.default_rng(4)
+    observations = [
+        make_observation(shape, channels=("g",), psf=GaussianPSF(1.1), wcs=None, name="sharp").match(frame),
+        make_observation(shape, channels=("g", "r"), psf=GaussianPSF(1.9), wcs=None, name="blurred").match(frame),
+    ]
+    envelope = gaussian_density(*np.mgrid[-3:4, -3:4], 2.0 * np.eye(2))
+    image = np.where(rng.random((7, 7)) < 0.8, envelope * rng.uniform(0.5, 1.5, (7, 7)), 0.0)
+    sources = {
+        "image": Source((9, 8), [400.0, 300.0], PixelMorphology(image, envelope=envelope)),
+        "galaxy": Source((11.2, 13.4), [300.0, 200.0], GaussianMorphology(1.5, (0.1, 0.2))),
+    }
+    scene = Scene(frame, sources)
+    parameters = Parameters.default(scene, observations).free("observations.blurred.astrometry.shift")
+    problem, state, _ = posterior.build(scene, observations, parameters)
+    return problem, state, jacobian(problem, state)
+
+
+@pytest.mark.parametrize("name", ["shift", "center", "flux"])
+def test_marginal_covariance_equals_the_dense_block(pixel_problem, name):
+    """With the pixels of the image marginalised over; those at zero count as known."""
+    problem, state, columns = pixel_problem
+    prior = np.concatenate([np.zeros(len(state.vector)), *(np.ravel(weight) for _, weight in problem.image_priors)])
+    image = np.asarray(state.images[0])
+    pixels = np.asarray(problem.free.images[0])
+    face = np.concatenate([np.asarray(problem.free.vector), (pixels & (image > 0)).ravel()])
+    assert 3 < (pixels & (image == 0)).sum() < 40
+    number = np.nonzero(face)[0]
+    hessian = (columns.T @ columns + np.diag(prior))[np.ix_(face, face)]
+    covariance = np.linalg.inv(hessian)
+    leaf = next(leaf for leaf in problem.leaves if leaf.name == name)
+    wanted = np.arange(leaf.start, leaf.stop)
+    wanted = wanted[np.asarray(problem.free.vector)[wanted]]
+    places = np.searchsorted(number, wanted)
+    expected = covariance[np.ix_(places, places)]
+    marginal = marginal_covariance(problem, state, wanted)
+    sigma = np.sqrt(np.diag(expected))
+    # 3 %: the conjugate gradients stop at a squared residual of 1e-6, in float32.
+    np.testing.assert_allclose(marginal / np.outer(sigma, sigma), expected / np.outer(sigma, sigma), atol=0.03)
+    # Pixels held fixed, the errors would be smaller: not the same question.
+    vector = face & (np.arange(len(face)) < len(state.vector))
+    held = np.linalg.inv((columns.T @ columns)[np.ix_(vector, vector)])
+    places = np.searchsorted(np.nonzero(vector)[0], wanted)
+    assert (np.sqrt(np.diag(held))[places] < 0.98 * sigma).any()
