@@ -13,7 +13,7 @@ ROOT = Path(scenefit.__file__).parent
 
 # Folders from left to right, and the modules of each in the order in which they may import one another.
 ORDER = {
-    "arrays": ["box", "fourier", "stamps"],
+    "arrays": ["box", "compilation", "fourier", "stamps"],
     "sky": ["units", "psf", "frame"],
     "data": ["noise", "renderer", "observation"],
     "model": ["parameters", "spectrum", "morphology", "source", "packing", "scene"],

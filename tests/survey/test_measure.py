@@ -7,7 +7,7 @@ from scenefit.model.morphology import GaussianMorphology, PixelMorphology, Point
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
-from scenefit.survey.measure import measure_shape
+from scenefit.survey.measure import measure_shapes
 
 FRAME = Frame((61, 63), channels=("g", "r"))
 CENTER = (30.3, 31.2)
@@ -27,7 +27,7 @@ def circular_half_light_radius(major, minor):
 
 
 def measure(source):
-    return measure_shape(Scene(FRAME, {"s": source}), "s")
+    return measure_shapes(Scene(FRAME, {"s": source}))[0]
 
 
 @pytest.mark.parametrize("ellipticity", [(0.0, 0.0), (0.4, 0.0), (-0.2, 0.35)])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 
+from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.data.noise import AbstractNoise, WhiteNoise
 from scenefit.data.renderer import Renderer, transform_model
 from scenefit.sky import units
@@ -198,8 +198,8 @@ class Observation(eqx.Module):
         # The model is brought to order one: fluxes of any unit then pass through float32.
         model = np.asarray(model, dtype=float)
         scale = float(np.abs(model).max()) or 1.0
-        shift = jnp.asarray(self.astrometry.shift)
-        window = np.asarray(_render_window(renderer, jnp.asarray(model / scale), shift), dtype=float)
+        shift = as_floats(self.astrometry.shift)
+        window = np.asarray(_render_window(renderer, as_floats(model / scale), shift), dtype=float)
         image = np.zeros(self.data.shape)
         image[(slice(None), *renderer.window.slices)] = np.where(renderer.inside, window * scale, 0.0)
         return image + self.background[:, None, None]
@@ -211,7 +211,7 @@ class Observation(eqx.Module):
     def chi_square(self, scene) -> np.ndarray:
         """Return the chi-square of each channel."""
         unit = self.noise.level()
-        residual = jnp.asarray(self.residual(scene) / unit[:, None, None])
+        residual = as_floats(self.residual(scene) / unit[:, None, None])
         return np.asarray(self.noise.scaled(unit).chi_square(residual))
 
     def log_likelihood(self, scene) -> float:
@@ -219,7 +219,7 @@ class Observation(eqx.Module):
         return self.noise.log_normalization() - 0.5 * float(self.chi_square(scene).sum())
 
 
-@eqx.filter_jit
+@compiled
 def _render_window(renderer: Renderer, model, shift):
     """Render a model image onto the pixels of the renderer's window."""
     return renderer(transform_model(model, renderer.fft_shape), shift)

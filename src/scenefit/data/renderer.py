@@ -20,6 +20,7 @@ from jaxtyping import Array, Complex, Float
 
 from scenefit.arrays import fourier
 from scenefit.arrays.box import Box
+from scenefit.arrays.compilation import as_complexes, as_floats, as_integers
 from scenefit.sky.frame import Frame, pixel_map
 from scenefit.sky.psf import AbstractPSF
 
@@ -172,16 +173,15 @@ class Renderer(eqx.Module):
         norm = np.broadcast_to((np.abs(transfer) ** 2).max(axis=(1, 2)) * abs(np.linalg.det(affine)), len(channels))
         transfer = transfer / np.prod(frame.fft_shape)
         sampling, factor = _choose_sampling(frame.fft_shape, ky, kx, position, is_affine, affine)
-        dtype = jnp.result_type(float)
         return cls(
             channels=frame.channel_index(channels),
             num_modes=num_modes,
-            transfer=jnp.asarray(transfer * factor, dtype=jnp.result_type(complex)),
-            ky=jnp.asarray(ky, dtype),
-            kx=jnp.asarray(kx, dtype),
-            area=jnp.asarray(area, dtype),
-            norm=jnp.asarray(norm, dtype),
-            sky_jacobian=jnp.asarray(frame.sky_jacobian(), dtype),
+            transfer=as_complexes(transfer * factor),
+            ky=as_floats(ky),
+            kx=as_floats(kx),
+            area=as_floats(area),
+            norm=as_floats(norm),
+            sky_jacobian=as_floats(frame.sky_jacobian()),
             sampling=sampling,
             window=window,
             inside=inside,
@@ -303,8 +303,7 @@ def _choose_sampling(fft_shape, ky, kx, position, is_affine, affine):
         return GridSampling(fft_shape, along.shape[:2], flip, bool(transposed)), phase
     left = np.exp(2j * np.pi * np.outer(rows, ky))
     right = np.exp(2j * np.pi * np.outer(kx, columns)) * fourier.half_plane_weights(fft_shape[1])[: len(kx), None]
-    dtype = jnp.result_type(complex)
-    return SeparableSampling(jnp.asarray(left, dtype), jnp.asarray(right, dtype), bool(transposed)), 1.0
+    return SeparableSampling(as_complexes(left), as_complexes(right), bool(transposed)), 1.0
 
 
 def _nonuniform_sampling(fft_shape, ky, kx, position):
@@ -316,11 +315,10 @@ def _nonuniform_sampling(fft_shape, ky, kx, position):
     (first_y, weight_y), (first_x, weight_x) = (fourier.window_weights(c) for c in coordinate)
     mode_y, mode_x = ky * fft_shape[0] / fine[0], kx * fft_shape[1] / fine[1]
     correction = np.outer(fourier.window_transform(mode_y), fourier.window_transform(mode_x))
-    dtype = jnp.result_type(float)
     sampling = NonuniformSampling(
-        first=jnp.asarray(np.stack([first_y, first_x], axis=-1), jnp.int32),
-        weight_y=jnp.asarray(weight_y, dtype),
-        weight_x=jnp.asarray(weight_x, dtype),
+        first=as_integers(np.stack([first_y, first_x], axis=-1)),
+        weight_y=as_floats(weight_y),
+        weight_x=as_floats(weight_x),
         fine_shape=fine,
         shape=position.shape[:2],
     )

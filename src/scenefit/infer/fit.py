@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
 from scenefit.arrays.box import Box
+from scenefit.arrays.compilation import as_booleans, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
 from scenefit.infer.problem import Problem, State
@@ -79,8 +79,7 @@ class FitResult(eqx.Module):
         return self.status is Status.CONVERGED
 
 
-_step = eqx.filter_jit(solvers.gauss_newton_step)
-_residuals = eqx.filter_jit(Problem.residuals)
+_step = compiled(solvers.gauss_newton_step)
 
 
 def fit(
@@ -167,7 +166,7 @@ class _Run:
         """Pack the present scene and start the solver on it."""
         built = posterior.build(self.scene, self.observations, self.parameters)
         self.problem, state, self.layout = built
-        self.carry = solvers.start(state)
+        self.carry = solvers.start(self.problem, state)
         self.signs = solvers.probe_signs(self.problem.free.vector)
 
     def finish(self, bar) -> Status:
@@ -193,7 +192,7 @@ class _Run:
         number = len(self.rows)
         problem = _linear_only(self.problem) if number < LINEAR_STEPS else self.problem
         products = min(MAX_PRODUCTS, FIRST_PRODUCTS * (1 + number))
-        carry, report = _step(problem, self.carry, self.signs, jnp.asarray(products))
+        carry, report = _step(problem, self.carry, self.signs, as_integers(products))
         report = jax.device_get(report)
         if number == 0 and not np.isfinite(report.loss):
             raise ValueError("The model isn't finite at the start: check the fluxes and shapes of the scene.")
@@ -219,7 +218,7 @@ class _Run:
         if self.growths >= MAX_GROWTHS:
             return False
         scene, observations = self.unpack()
-        residuals = jax.device_get(_residuals(self.problem, self.carry.best))
+        residuals = jax.device_get(self.carry.residuals)
         grown = {}
         views = [_View(obs, residual) for obs, residual in zip(observations, residuals, strict=True)]
         for path, component in scene.components():
@@ -258,8 +257,8 @@ def _linear_only(problem: Problem) -> Problem:
     for leaf in problem.leaves:
         if leaf.name in ("flux", "background"):
             linear[leaf.start : leaf.stop] = True
-    images = tuple(jnp.zeros_like(free) for free in problem.free.images)
-    return eqx.tree_at(lambda p: p.free, problem, State(problem.free.vector & linear, images))
+    images = tuple(as_booleans(np.zeros(free.shape)) for free in problem.free.images)
+    return eqx.tree_at(lambda p: p.free, problem, State(as_booleans(np.asarray(problem.free.vector) & linear), images))
 
 
 class _View:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
+from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer.problem import Image, Leaf, Problem, State, unconstrained
 from scenefit.model.morphology import PixelMorphology
@@ -56,32 +56,31 @@ def build(scene: Scene, observations: Sequence[Observation], parameters: Paramet
     table = _element_table(stacks, components, frame.channels, observations, parameters, layout)
     free_images, image_low, image_priors = _image_bounds(stacks, members, parameters)
     lowest, highest = table.coordinate_bounds()
-    dtype = jnp.result_type(float)
     problem = Problem(
         stacks=tuple(stacks),
         images=tuple(images),
-        index=jnp.asarray(table.index, jnp.int32),
-        low=jnp.asarray(table.low, dtype),
-        high=jnp.asarray(table.high, dtype),
-        bounded=jnp.asarray(table.bounded),
-        free=State(jnp.asarray(table.free), free_images),
-        lowest=State(jnp.asarray(lowest, dtype), image_low),
-        highest=State(jnp.asarray(highest, dtype), tuple(jnp.full_like(low, jnp.inf) for low in image_low)),
+        index=as_integers(table.index),
+        low=as_floats(table.low),
+        high=as_floats(table.high),
+        bounded=as_booleans(table.bounded),
+        free=State(as_booleans(table.free), free_images),
+        lowest=State(as_floats(lowest), image_low),
+        highest=State(as_floats(highest), tuple(as_floats(np.full(low.shape, np.inf)) for low in image_low)),
         priors=table.priors,
         image_priors=image_priors,
-        psf_sigma=jnp.asarray(model_psf_sigma(frame), dtype),
+        psf_sigma=as_floats(model_psf_sigma(frame)),
         leaves=table.leaves,
         canvas=(len(frame.channels), *frame.fft_shape),
     )
-    pixels = tuple(jnp.asarray(s.morphology.image) for s in stacks if isinstance(s.morphology, PixelMorphology))
-    return problem, State(jnp.asarray(table.start, dtype), pixels), layout
+    pixels = tuple(as_floats(s.morphology.image) for s in stacks if isinstance(s.morphology, PixelMorphology))
+    return problem, State(as_floats(table.start), pixels), layout
 
 
 def unpack(
     problem: Problem, state: State, layout: Layout, scene: Scene, observations: Sequence[Observation]
 ) -> tuple[Scene, tuple[Observation, ...]]:
     """Return the scene and observations with the values of a state; images are scaled to unit sum again."""
-    stacks, images = jax.tree.map(np.asarray, problem.fill(state))
+    stacks, images = jax.tree.map(np.asarray, _fill(problem, state))
     fitted = {}
     for member, (_, component) in zip(layout.members, scene.components(), strict=True):
         fitted[member.path] = _unpack_component(stacks[member.stack], member, component, scene.frame, layout.flux_unit)
@@ -91,6 +90,9 @@ def unpack(
         for obs, image, level in zip(observations, images, layout.noise_level, strict=True)
     )
     return Scene(scene.frame, sources), moved
+
+
+_fill = compiled(Problem.fill)
 
 
 def flux_coordinates(problem: Problem, layout: Layout, scene: Scene) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -156,15 +158,14 @@ def _as_image(obs: Observation, level, unit) -> Image:
     """Return the observation in units of its noise level, restricted to the pixels on the frame."""
     renderer = obs.matched_renderer
     window = renderer.window.slices
-    dtype = jnp.result_type(float)
     noise = obs.noise.scaled(level).restricted(renderer.inside, window)
     return Image(
-        renderer=eqx.tree_at(lambda r: r.inside, renderer, jnp.asarray(renderer.inside)),
-        data=jnp.asarray(obs.data[(slice(None), *window)] / level[:, None, None], dtype),
-        noise=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), noise),
-        shift=jnp.asarray(obs.astrometry.shift, dtype),
-        background=jnp.asarray(obs.background / level, dtype),
-        gain=jnp.asarray(unit[list(renderer.channels)] / level, dtype),
+        renderer=eqx.tree_at(lambda r: r.inside, renderer, as_booleans(renderer.inside)),
+        data=as_floats(obs.data[(slice(None), *window)] / level[:, None, None]),
+        noise=jax.tree.map(as_floats, noise),
+        shift=as_floats(obs.astrometry.shift),
+        background=as_floats(obs.background / level),
+        gain=as_floats(unit[list(renderer.channels)] / level),
     )
 
 
@@ -202,9 +203,9 @@ class _ElementTable:
             coordinate = value / np.sqrt(np.maximum(1 - np.sum(value**2, axis=-1, keepdims=True), 1e-6))
         for parameter, where in specs:
             if parameter.prior is not None:
-                prior = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), parameter.prior)
-                scale = jnp.asarray(units[where].ravel(), jnp.result_type(float))
-                self.priors += ((prior, jnp.asarray(numbers[where].ravel(), jnp.int32), scale),)
+                prior = jax.tree.map(as_floats, parameter.prior)
+                scale = as_floats(units[where].ravel())
+                self.priors += ((prior, as_integers(numbers[where].ravel()), scale),)
         self.leaves += (Leaf(kind, number, name, first, first + value.size, shape, disk),)
         self.start = np.append(self.start, coordinate.ravel())
         self.low, self.high = np.append(self.low, low.ravel()), np.append(self.high, high.ravel())
@@ -293,9 +294,8 @@ def _image_bounds(stacks, members, parameters):
                 raise ValueError(f"{parameter.path}: the prior of an image must be Normal; got {parameter.prior}.")
             mean[member.stack][window] = np.asarray(parameter.prior.loc)
             weight[member.stack][window] = 1 / np.asarray(parameter.prior.scale) ** 2
-    dtype = jnp.result_type(float)
-    priors = tuple((jnp.asarray(mean[n], dtype), jnp.asarray(weight[n], dtype)) for n in numbers)
-    return tuple(jnp.asarray(f) for f in free.values()), tuple(jnp.asarray(v, dtype) for v in low.values()), priors
+    priors = tuple((as_floats(mean[n]), as_floats(weight[n])) for n in numbers)
+    return tuple(as_booleans(f) for f in free.values()), tuple(as_floats(v) for v in low.values()), priors
 
 
 def _range(parameter) -> tuple[float, float]:

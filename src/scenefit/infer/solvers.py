@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from scenefit.arrays.compilation import as_floats, as_integers
 from scenefit.arrays.stamps import add_stamps
 from scenefit.infer.problem import Problem, State
 from scenefit.model.morphology import PixelMorphology
@@ -41,6 +42,8 @@ class SolverState(eqx.Module):
         Lowest loss so far.
     loss : float
         Its loss.
+    residuals : tuple of arrays, shape (channel, y, x)
+        Its whitened residuals (model minus data), one array an observation.
     trial : State
         To be evaluated next.
     target : State
@@ -54,6 +57,7 @@ class SolverState(eqx.Module):
 
     best: State
     loss: Float[Array, ""]
+    residuals: tuple[Float[Array, "_ _ _"], ...]
     trial: State
     target: State
     curvature: Float[Array, " n"]
@@ -104,24 +108,24 @@ class _Loop(eqx.Module):
     first_energy: Float[Array, ""]
 
 
-def start(state: State) -> SolverState:
+def start(problem: Problem, state: State) -> SolverState:
     """Return the solver state to begin with."""
-    dtype = state.vector.dtype
     return SolverState(
         best=state,
-        loss=jnp.asarray(jnp.inf, dtype),
+        loss=as_floats(np.inf),
+        residuals=tuple(as_floats(np.zeros(image.data.shape)) for image in problem.images),
         trial=state,
         target=state,
-        curvature=jnp.zeros_like(state.vector),
-        damping=jnp.asarray(FIRST_DAMPING, dtype),
-        rejections=jnp.zeros((), jnp.int32),
+        curvature=as_floats(np.zeros(state.vector.shape)),
+        damping=as_floats(FIRST_DAMPING),
+        rejections=as_integers(0),
     )
 
 
 def probe_signs(free: Bool[Array, " n"]) -> Float[Array, "p n"]:
     """Return random signs, shape (NUM_PROBES, n), for the coordinates that are free, the same every time."""
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(NUM_PROBES, len(free)))
-    return jnp.asarray(signs * np.asarray(free), jnp.result_type(float))
+    return as_floats(signs * np.asarray(free))
 
 
 def gauss_newton_step(
@@ -194,6 +198,7 @@ def gauss_newton_step(
     following = SolverState(
         best=best,
         loss=report.loss,
+        residuals=_select(accepted, residual, carry.residuals),
         trial=trial,
         target=target,
         curvature=jnp.where(accepted, loop.curvature, carry.curvature),

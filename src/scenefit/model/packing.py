@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.box import Box
+from scenefit.arrays.compilation import as_booleans, as_floats, as_integers
 from scenefit.arrays.stamps import add_stamps, bucket_count, bucket_size
 from scenefit.model.morphology import PixelMorphology
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 
-SPARE_CANVASES = 3
+SPARE_CANVASES = 8
 """Pixels, in units of the canvas, that stamps may be padded by to have fewer distinct sizes."""
 
 
@@ -205,7 +206,6 @@ def flux_units(index: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
 
 def _build_stack(rows, frame, unit) -> Stack:
     """Stack components (with their boxes, padded shapes, origins and offsets), padding their number."""
-    dtype = jnp.result_type(float)
     shape = rows[0][2]
     count, num_channels = bucket_count(len(rows)), len(frame.channels)
     num_flux = rows[0][0].spectrum.flux.shape[0]
@@ -228,15 +228,13 @@ def _build_stack(rows, frame, unit) -> Stack:
             morphology = morphology.padded(shape, offset)
         morphologies.append(morphology)
     morphologies += [morphologies[0]] * (count - len(rows))
-    stacked = jax.tree.map(
-        lambda *leaves: jnp.asarray(np.stack([np.asarray(x, float) for x in leaves]), dtype), *morphologies
-    )
+    stacked = jax.tree.map(lambda *leaves: as_floats(np.stack([np.asarray(x, float) for x in leaves])), *morphologies)
     return Stack(
         morphology=stacked,
-        center=jnp.asarray(center, dtype),
-        flux=jnp.asarray(flux, dtype),
-        flux_index=jnp.asarray(index, jnp.int32),
-        flux_gain=jnp.asarray(gain, dtype),
-        origin=jnp.asarray(origin, jnp.int32),
-        mask=jnp.asarray(mask),
+        center=as_floats(center),
+        flux=as_floats(flux),
+        flux_index=as_integers(index),
+        flux_gain=as_floats(gain),
+        origin=as_integers(origin),
+        mask=as_booleans(mask),
     )

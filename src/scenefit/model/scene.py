@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import equinox as eqx
-import jax
 import numpy as np
 
-from scenefit.model.packing import evaluate_stacks, model_psf_sigma, pack
+from scenefit.arrays.box import Box
+from scenefit.arrays.compilation import as_floats, compiled
+from scenefit.model.packing import Stack, evaluate_stacks, model_psf_sigma, pack
 from scenefit.model.source import AbstractSource, Source
 from scenefit.sky.frame import Frame
 
@@ -56,9 +57,27 @@ class Scene(eqx.Module):
         unit = np.max(fluxes, axis=0)
         unit = np.where(unit > 0, unit, 1.0)
         stacks, _ = pack(self.frame, components, unit)
-        canvas = _evaluate(stacks, model_psf_sigma(self.frame), (len(self.frame.channels), *self.frame.fft_shape))
+        psf_sigma = as_floats(model_psf_sigma(self.frame))
+        canvas = _evaluate(stacks, psf_sigma, (len(self.frame.channels), *self.frame.fft_shape))
         height, width = self.frame.box.shape
         return np.asarray(canvas)[:, :height, :width].astype(float) * unit[:, None, None]
+
+    def stamps(self) -> dict[str, tuple[Box, np.ndarray]]:
+        """Evaluate the morphology of every component on its own stamp, by path.
+
+        Returns
+        -------
+        dict of (Box, array of shape (h, w))
+            The stamp on the frame, and the flux per pixel, convolved with the model PSF, of a component of unit flux.
+        """
+        stacks, members = pack(self.frame, list(self.components()))
+        psf_sigma = as_floats(model_psf_sigma(self.frame))
+        images = [np.asarray(_stamps(stack, psf_sigma), dtype=float) for stack in stacks]
+        result = {}
+        for member in members:
+            (y, x), (height, width) = member.offset, member.box.shape
+            result[member.path] = member.box, images[member.stack][member.row, y : y + height, x : x + width]
+        return result
 
     def with_sources(self, **sources: AbstractSource) -> Scene:
         """Return a scene with sources added or replaced."""
@@ -72,4 +91,5 @@ class Scene(eqx.Module):
         return Scene(self.frame, {name: s for name, s in self.sources.items() if name not in names})
 
 
-_evaluate = jax.jit(evaluate_stacks, static_argnums=2)
+_evaluate = compiled(evaluate_stacks)
+_stamps = compiled(Stack.stamps)

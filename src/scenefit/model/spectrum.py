@@ -28,10 +28,11 @@ class AbstractSpectrum(eqx.Module):
             If `flux` doesn't fit these channels.
         """
 
-    def evaluate(self, channels: tuple[Channel, ...]) -> Float[Array, " channel"]:
+    def evaluate(self, channels: tuple[Channel, ...]) -> Float[np.ndarray | Array, " channel"]:
         """Return the total flux in each channel."""
         index = self.layout(channels)
-        return jnp.where(index >= 0, jnp.asarray(self.flux)[np.maximum(index, 0)], 0.0)
+        arrays = jnp if isinstance(self.flux, Array) else np
+        return arrays.where(index >= 0, self.flux[np.maximum(index, 0)], 0.0)
 
 
 class ArraySpectrum(AbstractSpectrum):

@@ -14,7 +14,10 @@ from scenefit.infer.laplace import marginal_covariance, vector_covariance
 from scenefit.model.packing import component_box
 from scenefit.sky import units
 from scenefit.sky.frame import Channel
-from scenefit.survey.measure import Flag, measure_shape
+from scenefit.survey.measure import Flag, measure_shapes
+
+UNRESOLVED = 0.03
+"""Second moment along the major axis, in model pixels squared, below which a source has no axis ratio or angle."""
 
 
 def channel_label(channel: Channel) -> str:
@@ -34,14 +37,15 @@ def catalog(result: FitResult) -> QTable:
         id; ra, dec [deg, ICRS] (NaN without a WCS) and y, x [pix] on the model frame; for every channel CH flux_CH and
         flux_err_CH [nJy, or in data units if the observations have no zeropoint], mag_CH and mag_err_CH [AB mag];
         half_light_radius [arcsec, or pix without a WCS; circular, model PSF removed], axis_ratio, position_angle [deg, east
-        of north; counter-clockwise from +x without a WCS], snr (of the flux over all channels), flags (`Flag` bits,
-        explained in the table's metadata). A channel without any valid pixel has NaN flux and infinite error.
+        of north; counter-clockwise from +x without a WCS; both NaN for a source without a measurable size], snr (of the
+        flux over all channels), flags (`Flag` bits, explained in the table's metadata). A channel without any valid pixel
+        has NaN flux and infinite error.
     """
     result = _matched(result)
     scene, frame = result.scene, result.scene.frame
     names = list(scene.sources)
     flux, error = _fluxes(result)
-    shapes = [measure_shape(scene, name) for name in names]
+    shapes = measure_shapes(scene, _channel_weights(error))
     table = QTable()
     table["id"] = np.array(names, dtype=str)
     centers = np.array([shape.center for shape in shapes]).reshape(len(names), 2)
@@ -118,6 +122,13 @@ def _fluxes(result: FitResult) -> tuple[np.ndarray, np.ndarray]:
     return np.where(seen, flux, np.nan), np.where(seen, error, np.inf)
 
 
+def _channel_weights(error: np.ndarray) -> np.ndarray | None:
+    """Return the inverse of the typical flux error in each channel; None if no channel has any."""
+    typical = np.median(error, axis=0)
+    usable = np.isfinite(typical) & (typical > 0)
+    return np.where(usable, 1 / np.where(usable, typical, 1.0), 0.0) if usable.any() else None
+
+
 def _error_of_sum(terms, covariance) -> float:
     """Return the standard error of a sum of coordinates, given as (place, factor); 0 if none of them is free."""
     if not terms:
@@ -131,6 +142,7 @@ def _sky_shapes(shapes, frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # d(y, x) / d(east, north); without a WCS the columns stand for x and y.
     inverse = np.linalg.inv(frame.sky_jacobian())
     scale = np.sqrt(abs(np.linalg.det(inverse)))
+    frame_area = 1 / scale**2
     radius = np.array([shape.half_light_radius * scale for shape in shapes])
     ratio, angle = np.full(len(shapes), np.nan), np.full(len(shapes), np.nan)
     for n, shape in enumerate(shapes):
@@ -138,7 +150,9 @@ def _sky_shapes(shapes, frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not np.isfinite(moments).all():
             continue
         values, vectors = np.linalg.eigh(moments)
-        ratio[n] = np.sqrt(np.clip(values[0] / values[1], 0, 1)) if values[1] > 0 else 1.0
+        if values[1] * frame_area < UNRESOLVED:
+            continue
+        ratio[n] = np.sqrt(np.clip(values[0] / values[1], 0, 1))
         first, second = vectors[:, 1]
         angle[n] = np.rad2deg(np.arctan2(first, second) if frame.wcs is not None else np.arctan2(second, first)) % 180
     return radius, ratio, angle

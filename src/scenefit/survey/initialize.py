@@ -232,7 +232,9 @@ def _solve_rings(design, image) -> np.ndarray:
         gram, projection = design.T @ design, design.T @ flat
         # min |L^T a - L^-1 p|^2 over a >= 0 is the same problem in as many rows as columns.
         dense = gram.toarray()
-        dense[np.diag_indices_from(dense)] *= 1 + 1e-8
+        # Rings without data, or that a PSF makes all alike, would leave the matrix singular.
+        diagonal = np.diag(dense)
+        dense[np.diag_indices_from(dense)] += 1e-8 * diagonal + 1e-12 * max(diagonal.max(), 1e-30)
         lower = np.linalg.cholesky(dense)
         return scipy.optimize.nnls(lower.T, np.linalg.solve(lower, projection), maxiter=50 * len(dense))[0]
     return _projected_gradient(design, flat)

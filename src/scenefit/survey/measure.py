@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import equinox as eqx
 import numpy as np
+import scipy.optimize
+from scipy import ndimage
 
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
-from scenefit.model.source import AbstractSource, Source
+from scenefit.model.source import Source
+
+SMOOTHING = 1.0
+"""Standard deviation, in pixels, of the Gaussian that an image is smoothed with before its moments are taken: a matched
+weight as narrow as the model PSF would be sampled too coarsely. Taken out again."""
 
 
 class Flag(enum.IntFlag):
@@ -45,29 +52,61 @@ class Shape(eqx.Module):
     moments: np.ndarray
 
 
-def measure_shape(scene: Scene, name: str) -> Shape:
-    """Measure a source on its noise-free model image, all channels added.
+def measure_shapes(scene: Scene, channel_weights: Sequence[float] | np.ndarray | None = None) -> list[Shape]:
+    """Measure every source on its noise-free model image, the channels added with weights.
 
     Moments are weighted with the matched Gaussian itself (adaptive moments: Bernstein & Jarvis 2002, AJ 123, 583,
     doi:10.1086/338085), which noise in the outskirts hardly changes; the model PSF's moments are subtracted.
+
+    Parameters
+    ----------
+    scene : Scene
+    channel_weights : array, shape (channel,), optional
+        What the flux of a channel is multiplied with before all are added, best the inverse of its standard error. By
+        default the inverse of the channel's flux in the whole scene. Only ratios matter.
+
+    Returns
+    -------
+    list of Shape
+        One a source, in order.
     """
-    image = scene.evaluate([name]).sum(axis=0)
-    sigma = model_psf_sigma(scene.frame)
-    source = scene.sources[name]
-    start = _first_center(source)
+    channels = scene.frame.channels
+    spectra = {path: np.asarray(c.spectrum.evaluate(channels), dtype=float) for path, c in scene.components()}
+    if channel_weights is None:
+        total = np.sum([np.zeros(len(channels)), *spectra.values()], axis=0)
+        channel_weights = np.where(total > 0, 1 / np.where(total > 0, total, 1.0), 0.0)
+    stamps, sigma = scene.stamps(), model_psf_sigma(scene.frame)
+    result = []
+    for name, source in scene.sources.items():
+        paths = [path for path, _ in source.components(f"sources.{name}")]
+        fluxes = [float(spectra[path] @ channel_weights) for path in paths]
+        box = stamps[paths[0]][0]
+        for path in paths[1:]:
+            box = box.union(stamps[path][0])
+        image = np.zeros(box.shape)
+        for path, flux in zip(paths, fluxes, strict=True):
+            part, stamp = stamps[path]
+            image[part.shift((-box.origin[0], -box.origin[1])).slices] += flux * stamp
+        first = next(iter(source.components("")))[1]
+        is_analytic = isinstance(source, Source) and "image" not in source.morphology.constraints
+        start = np.asarray(first.center, dtype=float) - box.origin
+        shape = _measure_image(image, start, sigma, is_analytic)
+        result.append(Shape(shape.center + box.origin, shape.half_light_radius, shape.moments))
+    return result
+
+
+def _measure_image(image: np.ndarray, start: np.ndarray, psf_sigma: float, keep_center: bool) -> Shape:
+    """Measure an image with its center near `start`, or there (`keep_center`)."""
     if not image.sum() > 0:
         return Shape(start, float("nan"), np.full((2, 2), np.nan))
-    center, moments = _adaptive_moments(image, start)
-    if isinstance(source, Source) and "image" not in source.morphology.constraints:
-        center = start
-    radius = _half_light_radius(image, center)
-    intrinsic = np.sqrt(max(radius**2 - 2 * np.log(2) * sigma**2, 0.0))
-    return Shape(center, float(intrinsic), moments - sigma**2 * np.eye(2))
-
-
-def _first_center(source: AbstractSource) -> np.ndarray:
-    """Return the position of a source's first component."""
-    return np.asarray(next(iter(source.components("")))[1].center, dtype=float)
+    margin = int(np.ceil(4 * SMOOTHING))
+    smooth = ndimage.gaussian_filter(np.pad(image, margin), SMOOTHING, mode="constant")
+    center, moments = _adaptive_moments(smooth, start + margin)
+    center = start if keep_center else center - margin
+    moments = moments - (psf_sigma**2 + SMOOTHING**2) * np.eye(2)
+    # As if all were Gaussian; a pixel has the variance 1/12.
+    squared = _half_light_radius(image, center) ** 2 - 2 * np.log(2) * (psf_sigma**2 + 1 / 12)
+    return Shape(center, float(np.sqrt(max(squared, 0.0))), moments)
 
 
 def _adaptive_moments(image: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,12 +133,14 @@ def _adaptive_moments(image: np.ndarray, start: np.ndarray) -> tuple[np.ndarray,
 
 
 def _half_light_radius(image: np.ndarray, center: np.ndarray) -> float:
-    """Return the radius of the circle around `center` that holds half of the image's sum."""
+    """Return the radius of the circle around `center` that holds half of the image's sum.
+
+    The light of a pixel is spread evenly over radii half a pixel either side, as if the image were convolved with a pixel.
+    """
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
-    radius = np.hypot(y - center[0], x - center[1]).ravel()
-    order = np.argsort(radius)
-    growth = np.cumsum(image.ravel()[order])
-    # Pixels enter as discs of their own area: their light is spread evenly over radius half a pixel either side.
-    smooth = np.interp(np.linspace(0, radius.max(), 20 * int(radius.max()) + 2), radius[order], growth)
-    grid = np.linspace(0, radius.max(), len(smooth))
-    return float(np.interp(0.5 * growth[-1], np.maximum.accumulate(smooth), grid))
+    radius = np.hypot(y - center[0], x - center[1])
+
+    def excess(limit):
+        return float((image * np.clip(limit - radius + 0.5, 0.0, 1.0)).sum() - 0.5 * image.sum())
+
+    return float(scipy.optimize.brentq(excess, 0.0, radius.max() + 0.5, xtol=1e-4))
