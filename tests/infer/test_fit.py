@@ -354,7 +354,6 @@ def test_a_stamp_grows_with_its_source():
     assert float(result.scene.sources["wide"].spectrum.flux[0]) == pytest.approx(1500, rel=0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="only stamps of free pixels grow so far")
 def test_a_galaxy_may_start_too_small():
     """The stamp of a galaxy whose size is fitted must not cut its wings."""
     observations = observe(noise=False)

@@ -29,6 +29,8 @@ LINEAR_STEPS = 2
 """First steps in which only fluxes and backgrounds move: an exact linear solve but for the bounds."""
 GROWTH_RATIO, GROWTH_SIGNIFICANCE, MAX_GROWTHS = 1.4, 5.0, 3
 """A stamp grows by this ratio where the residual light just outside it exceeds so many standard errors, so many times."""
+ANALYTIC_GROWTH = 1.05
+"""The stamp of an analytic profile is made anew where it has become larger than it was by this ratio."""
 GROWTH_TOLERANCE = 4.0
 """Stamps are checked once the fit is within this multiple of its tolerance."""
 
@@ -214,19 +216,22 @@ class _Run:
             self.callback(number, row)
 
     def grow(self) -> bool:
-        """Enlarge the stamps that light leaves; return whether there were any."""
+        """Enlarge the stamps that light leaves, and start anew on these; return whether there were any."""
         if self.growths >= MAX_GROWTHS:
             return False
         scene, observations = self.unpack()
         residuals = jax.device_get(self.carry.residuals)
-        grown = {}
         views = [_View(obs, residual) for obs, residual in zip(observations, residuals, strict=True)]
-        for path, component in scene.components():
-            morphology = component.morphology
-            if isinstance(morphology, PixelMorphology):
-                larger = _grown(component, morphology, scene.frame, views)
-                if larger is not None:
-                    grown[path] = larger
+        grown = {}
+        for member, (path, component) in zip(self.layout.members, scene.components(), strict=True):
+            if isinstance(component.morphology, PixelMorphology):
+                larger = _grown(component, component.morphology, scene.frame, views)
+            else:
+                # Analytic stamps follow from the shape, which has changed since they were packed.
+                box = component_box(component, scene.frame)
+                larger = component if max(box.shape) > ANALYTIC_GROWTH * max(member.box.shape) else None
+            if larger is not None:
+                grown[path] = larger
         self.growths += 1
         if not grown:
             self.growths = MAX_GROWTHS

@@ -28,14 +28,14 @@ SHAPE_ROUNDS = 4
 """Rounds of solving for all rings and measuring every source's shape with the others subtracted."""
 MAX_ELLIPTICITY = 0.85
 """Largest ellipticity of a starting envelope."""
-MAX_ENTRIES = 10_000_000
+MAX_ENTRIES = 5_000_000
 """Entries of the ring design matrix; a larger one is thinned out by using every second, third ... pixel."""
 MIN_HALF_SIZE = 8
 """Smallest half stamp size in model pixels."""
 STAMP_FAINT, STAMP_FLUX = 0.03, 0.995
 """A stamp ends where the envelope falls below this fraction of the noise of a pixel, or holds this fraction of the flux."""
-GRADIENT_STEPS = 100
-"""Accelerated gradient steps for more rings than that."""
+GRADIENT_STEPS = 100, 25
+"""Accelerated gradient steps for more rings than that, in the first round and in later ones."""
 MAX_DENSE_RINGS = 700
 """Columns up to which the rings are solved for with dense matrices."""
 APERTURE_SIGMAS = 2.0
@@ -177,9 +177,11 @@ def fit_rings(image: np.ndarray, centers: np.ndarray, psf_sigma: float) -> tuple
     windows = [_ring_windows(center, psf_sigma, image.shape) for center in centers]
     size = sum(box.shape[0] * box.shape[1] for boxes in windows for box in boxes)
     stride = int(np.ceil(np.sqrt(size / MAX_ENTRIES)))
-    for _ in range(SHAPE_ROUNDS):
+    amplitudes = np.zeros((len(centers), len(RING_SIGMAS)))
+    for round_number in range(SHAPE_ROUNDS):
         design = _design(image, centers, ellipticities, windows, psf_sigma, stride)
-        amplitudes = _solve_rings(design, image).reshape(len(centers), len(RING_SIGMAS))
+        steps = GRADIENT_STEPS[min(round_number, 1)]
+        amplitudes = _solve_rings(design, image, amplitudes.ravel(), steps).reshape(amplitudes.shape)
         rest = image - (design @ amplitudes.ravel()).reshape(image.shape) if stride == 1 else image
         for n, center in enumerate(centers):
             ellipticities[n] = _ring_shape(rest, center, amplitudes[n], ellipticities[n], psf_sigma)
@@ -188,10 +190,10 @@ def fit_rings(image: np.ndarray, centers: np.ndarray, psf_sigma: float) -> tuple
     return amplitudes, ellipticities
 
 
-def _rings(y, x, ellipticity, psf_sigma) -> np.ndarray:
-    """Return all rings at offsets (y, x) from the center, shape (..., ring), each of unit integral."""
+def _rings(y, x, ellipticity, psf_sigma, sigmas=RING_SIGMAS) -> np.ndarray:
+    """Return rings at offsets (y, x) from the center, shape (..., ring), each of unit integral."""
     norm = ellipticity[0] ** 2 + ellipticity[1] ** 2
-    mean = RING_SIGMAS**2 / np.sqrt(1 - norm)
+    mean = sigmas**2 / np.sqrt(1 - norm)
     xx, yy = mean * (1 + ellipticity[0]) + psf_sigma**2, mean * (1 - ellipticity[0]) + psf_sigma**2
     xy = mean * ellipticity[1]
     determinant = xx * yy - xy**2
@@ -214,8 +216,8 @@ def _design(image, centers, ellipticities, windows, psf_sigma, stride) -> scipy.
         for k, box in enumerate(boxes):
             step = stride if RING_SIGMAS[k] > 2 * stride else 1
             window = tuple(slice(s.start, s.stop, step) for s in box.slices)
-            y, x = np.mgrid[window]
-            piece = _rings(y - center[0], x - center[1], ellipticities[n], psf_sigma)[..., k]
+            y, x = np.ogrid[window]
+            piece = _rings(y - center[0], x - center[1], ellipticities[n], psf_sigma, RING_SIGMAS[k : k + 1])
             rows.append(number[window].ravel())
             columns.append(np.full(piece.size, n * len(RING_SIGMAS) + k))
             values.append(piece.ravel())
@@ -223,8 +225,8 @@ def _design(image, centers, ellipticities, windows, psf_sigma, stride) -> scipy.
     return scipy.sparse.csc_matrix(entries, shape=(image.size, len(centers) * len(RING_SIGMAS)))
 
 
-def _solve_rings(design, image) -> np.ndarray:
-    """Return the non-negative amplitudes that fit the finite pixels best."""
+def _solve_rings(design, image, start, steps) -> np.ndarray:
+    """Return the non-negative amplitudes that fit the finite pixels best; many: near the best, from a start."""
     flat = image.ravel()
     valid = np.isfinite(flat)
     design, flat = design[valid], flat[valid]
@@ -237,28 +239,30 @@ def _solve_rings(design, image) -> np.ndarray:
         dense[np.diag_indices_from(dense)] += 1e-8 * diagonal + 1e-12 * max(diagonal.max(), 1e-30)
         lower = np.linalg.cholesky(dense)
         return scipy.optimize.nnls(lower.T, np.linalg.solve(lower, projection), maxiter=50 * len(dense))[0]
-    return _projected_gradient(design, flat)
+    return _projected_gradient(design, flat, start, steps)
 
 
-def _projected_gradient(design, data) -> np.ndarray:
+def _projected_gradient(design, data, start, steps) -> np.ndarray:
     """Return non-negative amplitudes near the least-squares solution, by accelerated projected gradients.
 
     (Beck & Teboulle 2009, SIAM J. Imaging Sci. 2, 183, eq. 4.1-4.3, doi:10.1137/080716542; restarted where the momentum
     points uphill.) The diagonal step is bounded by the row and column sums of the non-negative design.
     """
-    transposed = design.T.tocsr()
-    rows = design.tocsr()
-    curvature = np.maximum(transposed @ (rows @ np.ones(design.shape[1])), 1e-30)
-    best = np.zeros(design.shape[1])
+    # Single precision: the products are bound by the memory's speed.
+    unit = float(np.abs(data).max()) or 1.0
+    rows = design.tocsr().astype(np.float32)
+    transposed, data = rows.T.tocsr(), (data / unit).astype(np.float32)
+    curvature = np.maximum(transposed @ (rows @ np.ones(design.shape[1], np.float32)), 1e-30)
+    best = (start / unit).astype(np.float32)
     ahead, momentum = best, 1.0
-    for _ in range(GRADIENT_STEPS):
+    for _ in range(steps):
         following = np.maximum(ahead - transposed @ (rows @ ahead - data) / curvature, 0.0)
         if ((ahead - following) * curvature) @ (following - best) > 0:
             momentum = 1.0
         faster = 0.5 * (1 + np.sqrt(1 + 4 * momentum**2))
-        ahead = following + (momentum - 1) / faster * (following - best)
+        ahead = following + np.float32((momentum - 1) / faster) * (following - best)
         best, momentum = following, faster
-    return best
+    return best.astype(float) * unit
 
 
 def _ring_shape(rest, center, amplitudes, ellipticity, psf_sigma) -> np.ndarray:
