@@ -62,7 +62,6 @@ def build(scene: Scene, observations: Sequence[Observation], parameters: Paramet
         index=as_integers(table.index),
         low=as_floats(table.low),
         high=as_floats(table.high),
-        bounded=as_booleans(table.bounded),
         free=State(as_booleans(table.free), free_images),
         lowest=State(as_floats(lowest), image_low),
         highest=State(as_floats(highest), tuple(as_floats(np.full(low.shape, np.inf)) for low in image_low)),
@@ -206,7 +205,8 @@ class _ElementTable:
                 prior = jax.tree.map(as_floats, parameter.prior)
                 scale = as_floats(units[where].ravel())
                 self.priors += ((prior, as_integers(numbers[where].ravel()), scale),)
-        self.leaves += (Leaf(kind, number, name, first, first + value.size, shape, disk),)
+        coordinate_map = "disk" if disk else "identity" if linear else "range"
+        self.leaves += (Leaf(kind, number, name, first, first + value.size, shape, coordinate_map),)
         self.start = np.append(self.start, coordinate.ravel())
         self.low, self.high = np.append(self.low, low.ravel()), np.append(self.high, high.ravel())
         self.bounded = np.append(self.bounded, np.full(value.size, linear))

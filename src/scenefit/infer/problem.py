@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from scenefit.data.noise import AbstractNoise
 from scenefit.data.renderer import Renderer
@@ -58,8 +58,9 @@ class Leaf(eqx.Module):
     start, stop : int
         Where it lies in the vector of elements.
     shape : tuple of int
-    disk : bool
-        Whether the last axis is a pair inside the unit disk.
+    map : "identity", "range" or "disk"
+        From coordinates to elements: the same, kept in range by projection; `smooth_range`; pairs in the plane to pairs
+        inside the unit disk.
     """
 
     kind: str = eqx.field(static=True)
@@ -68,7 +69,7 @@ class Leaf(eqx.Module):
     start: int = eqx.field(static=True)
     stop: int = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
-    disk: bool = eqx.field(static=True)
+    map: str = eqx.field(static=True)
 
 
 class Problem(eqx.Module):
@@ -83,8 +84,6 @@ class Problem(eqx.Module):
         Element e of the leaves is coordinate `index[e]` (tied elements share one).
     low, high : arrays, shape (e,)
         Range of each element.
-    bounded : array of bool, shape (e,)
-        Whether the coordinate is the element itself, kept in range by projection, or a smooth map of it.
     free : State of bool
         What may change.
     lowest, highest : State
@@ -103,7 +102,6 @@ class Problem(eqx.Module):
     index: Int[Array, " e"]
     low: Float[Array, " e"]
     high: Float[Array, " e"]
-    bounded: Bool[Array, " e"]
     free: State
     lowest: State
     highest: State
@@ -116,12 +114,15 @@ class Problem(eqx.Module):
     def elements(self, vector: Float[Array, " n"]) -> Float[Array, " e"]:
         """Return the parameter values from the coordinates."""
         coordinate = vector[self.index]
-        values = jnp.where(self.bounded, coordinate, smooth_range(coordinate, self.low, self.high))
+        values = coordinate
         for leaf in self.leaves:
-            if leaf.disk:
-                pairs = coordinate[leaf.start : leaf.stop].reshape(-1, 2)
+            part = slice(leaf.start, leaf.stop)
+            if leaf.map == "disk":
+                pairs = coordinate[part].reshape(-1, 2)
                 pairs = pairs / jnp.sqrt(1 + jnp.sum(pairs**2, axis=1, keepdims=True))
-                values = values.at[leaf.start : leaf.stop].set(pairs.ravel())
+                values = values.at[part].set(pairs.ravel())
+            elif leaf.map == "range":
+                values = values.at[part].set(smooth_range(coordinate[part], self.low[part], self.high[part]))
         return values
 
     def fill(self, state: State) -> tuple[list[Stack], list[Image]]:

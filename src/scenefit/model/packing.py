@@ -23,7 +23,7 @@ from scenefit.model.morphology import PixelMorphology
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 
-SPARE_CANVASES = 8
+SPARE_CANVASES = 3
 """Pixels, in units of the canvas, that stamps may be padded by to have fewer distinct sizes."""
 
 
@@ -151,11 +151,11 @@ def pack(
                 f"{frame.box.shape} pixels. Remove the source, cut its image or enlarge the frame."
             )
         placed.append((path, component, box))
-    buckets = merged_buckets(
-        [bucket_size(max(box.shape)) for _, _, box in placed], SPARE_CANVASES * canvas[0] * canvas[1]
-    )
+    limit = frame.box.shape
+    sides = [min(bucket_size(max(box.shape)), max(limit)) for _, _, box in placed]
+    buckets = merged_buckets(sides, SPARE_CANVASES * canvas[0] * canvas[1])
     placed = [
-        (path, component, box, (min(side, canvas[0]), min(side, canvas[1])))
+        (path, component, box, (min(side, limit[0]), min(side, limit[1])))
         for (path, component, box), side in zip(placed, buckets, strict=True)
     ]
     keys = sorted({_stack_key(component, shape) for _, component, _, shape in placed}, key=str)
@@ -163,7 +163,7 @@ def pack(
     members = []
     for path, component, box, shape in placed:
         key = _stack_key(component, shape)
-        origin = tuple(min(o, c - s) for o, c, s in zip(box.origin, canvas, shape, strict=True))
+        origin = tuple(min(o, n - s) for o, n, s in zip(box.origin, limit, shape, strict=True))
         offset = (box.origin[0] - origin[0], box.origin[1] - origin[1])
         members.append(Member(path, keys.index(key), len(rows[key]), box, offset))
         rows[key].append((component, box, shape, origin, offset))
