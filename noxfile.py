@@ -3,7 +3,9 @@
 Needs Python 3.11+ and `pip install nox`; uv is used for the environments where it is installed.
 """
 
+import argparse
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,6 +19,10 @@ nox.options.sessions = ["lint", "types", "tests"]
 ROOT = Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NO_WINDOW = {"MPLBACKEND": "Agg"}
+# Scripts of benchmarks/ that measure nothing: run only when named.
+NO_BENCH = ("make_demo_field",)
+# What the benchmarks compare with, in an environment of its own.
+PEER = "scarlet2==0.5.1"
 
 
 def pinned(tool: str) -> str:
@@ -107,13 +113,31 @@ def tutorials(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the benchmarks in turn, or the named ones: `nox -s bench -- scaling --sources 8 32 --json`.
 
-    Leading arguments that name a file of benchmarks/ choose; the others go to each that runs.
+    Leading arguments that name a file of benchmarks/ choose; the others go to each that runs. `--peers` makes an
+    environment with scarlet2 and runs it beside those benchmarks that compare with it; `--peer-python PYTHON` takes an
+    existing one.
     """
-    session.install("-e", ".[dev,sim]")
+    parser = argparse.ArgumentParser(prog="nox -s bench --", add_help=False, allow_abbrev=False)
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peer-python")
+    options, arguments = parser.parse_known_args(session.posargs)
     scripts = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py"))}
-    arguments = list(session.posargs)
     chosen = []
     while arguments and arguments[0] in scripts:
         chosen.append(arguments.pop(0))
-    for name in chosen or scripts:
-        session.run("python", str(scripts[name]), *arguments, env=NO_WINDOW)
+    session.install("-e", ".[sim]")
+    peer = make_peer(session) if options.peers and not options.peer_python else options.peer_python
+    for name in chosen or [name for name in scripts if name not in NO_BENCH]:
+        compares = peer and '"--peer-python"' in scripts[name].read_text()
+        more = ["--peer-python", peer] if compares else []
+        session.run("python", str(scripts[name]), *more, *arguments, env=NO_WINDOW)
+
+
+def make_peer(session: nox.Session) -> str:
+    """Return the Python of an environment with scarlet2, made if it isn't there yet."""
+    folder = Path(session.create_tmp()) / PEER.replace("==", "-")
+    python = str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+    if not Path(python).exists():
+        session.run("python", "-m", "venv", str(folder))
+    session.run(python, "-m", "pip", "install", "--quiet", PEER, external=True)
+    return python

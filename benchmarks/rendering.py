@@ -2,6 +2,7 @@
 
     python benchmarks/rendering.py                      # both, the speed on the packaged demo field
     python benchmarks/rendering.py --field other.fits   # speed on another multi-instrument file
+    python benchmarks/rendering.py --peer-python PYTHON # scarlet2 beside it, from an environment that has it
     python benchmarks/rendering.py --json               # the same, then one JSON line
 
 Accuracy. GalSim draws galaxies onto an observation directly, each convolved with PSF and pixel and with the local WCS
@@ -15,11 +16,19 @@ and a galaxy off the centre.
 Speed. The model image of the bands of the instrument with the largest pixels is rendered onto these pixels, jitted and
 warm; beside it stand the transforms this needs at least: the padded model planes forwards, the modes that the
 instrument can see backwards. Medians of alternating runs in one process.
+
+Peer. With `--peer-python`, scarlet2's native renderer (peers/scarlet2_native.py) renders the same observation from the same
+model grid and channels right afterwards, alone in a process of its own, also jitted and warm. Both take the model image in
+its pixels, and both count all that has to be done anew for every model: their transform of it, the convolution from model to
+observed PSF, and sampling at the observed pixels. What is done once at `match` is given apart. The ratio is the peer's time
+over scenefit's. Only times are compared, not where the light lands.
 """
 
 import argparse
 import itertools
 import json
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -37,6 +46,7 @@ from scenefit.data.renderer import transform_model
 from scenefit.sky.frame import MODEL_PSF_SIGMA, Frame
 from scenefit.sky.psf import ImagePSF
 
+PEER = Path(__file__).parent / "peers" / "scarlet2_native.py"
 DEFAULT_FIELD = Path(__file__).resolve().parents[1] / "src/scenefit/app/data/demo_field.fits"
 MODEL_SCALE_ARCSEC = 0.03
 FRAME_PIXELS = 320
@@ -249,8 +259,20 @@ def median_seconds(functions: dict[str, Callable[[], jax.Array]], repeats: int) 
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def print_speed(path: Path, repeats: int) -> dict:
-    """Print and return the time of a native rendering and of its bare Fourier transforms."""
+def run_peer(python: str, path: Path, name: str, frame: Frame) -> dict:
+    """Return scarlet2's figures for the rendering of the named observation from the grid of a frame."""
+    header = frame.wcs.to_header()
+    header["NAXIS1"], header["NAXIS2"] = frame.box.shape[::-1]
+    with tempfile.TemporaryDirectory() as folder:
+        grid = Path(folder) / "frame.txt"
+        grid.write_text(header.tostring(sep="\n", endcard=False, padding=False))
+        command = [python, str(PEER), str(path), "--observation", name, "--frame", str(grid)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def print_speed(path: Path, repeats: int, peer_python: str | None) -> dict:
+    """Print and return the time of a native rendering, of its bare Fourier transforms and of scarlet2's rendering."""
     observations = read_field(path)
     union = Frame.from_observations(observations)
     coarse = max(observations, key=lambda obs: Frame.from_observations([obs]).pixel_scale)
@@ -295,6 +317,13 @@ def print_speed(path: Path, repeats: int) -> dict:
         f"ratio {result['ratio']:.2f} (wanted: 2); "
         f"matching once {result['match_ms']:.0f} ms"
     )
+    if peer_python:
+        peer = result["peer"] = run_peer(peer_python, path, coarse.name, frame)
+        result["peer_ratio"] = peer["render_ms"] / result["render_ms"]
+        print(
+            f"scarlet2's {peer['renderer']}, model {tuple(peer['model_shape'])}: rendering {peer['render_ms']:.1f} ms, "
+            f"{result['peer_ratio']:.0f} times as long; matching once {peer['match_ms']:.0f} ms"
+        )
     return result
 
 
@@ -304,13 +333,14 @@ def main() -> None:
     parser.add_argument("--field", type=Path, default=DEFAULT_FIELD, help="multi-instrument file for the speed")
     parser.add_argument("--repeats", type=int, default=300, help="runs that the median is taken of")
     parser.add_argument("--skip-accuracy", action="store_true", help="measure the speed only")
+    parser.add_argument("--peer-python", help="Python of an environment with scarlet2")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     options = parser.parse_args()
     result = {}
     if not options.skip_accuracy:
         result["accuracy"], worst = print_accuracy()
         result["worst"] = asdict(worst)
-    result["speed"] = print_speed(options.field, options.repeats)
+    result["speed"] = print_speed(options.field, options.repeats, options.peer_python)
     if options.json:
         print(json.dumps(result))
 

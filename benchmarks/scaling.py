@@ -1,12 +1,13 @@
 """How a fit scales with the number of sources.
 
-    python scaling.py [--sources 8 32 128 1000] [--peer-python PYTHON] [--converge] [--json]
+    python scaling.py [--sources 8 32 128 1000] [--peer-python PYTHON] [--peer-limit 128] [--converge] [--json]
 
 Simulated fields of five bands on one grid, 31-pixel stamps, one observation: 8 sources on 128x128, 32 on 256x256, 128 on
 512x512, 1000 on 1024x1024. First step: from the call of `fit` to the end of its first step, compilation included. Step:
 one forward and one adjoint rendering, which is what a step of a first-order method takes. Bare: the Fourier transforms
 that these need (two forward, two inverse), alone. With `--peer-python`, scarlet2 runs the same fields in its own
-environment, one after the other (its first step with 128 sources takes minutes).
+environment, one after the other, up to `--peer-limit` sources: its first step takes minutes with 128 sources, and far longer
+with more.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=int, nargs="+", default=[8, 32, 128, 1000])
     parser.add_argument("--peer-python", help="Python of an environment with scarlet2")
+    parser.add_argument("--peer-limit", type=int, default=128, help="most sources that scarlet2 is run with")
     parser.add_argument("--converge", action="store_true", help="fit until converged instead of 8 steps")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -145,7 +147,7 @@ def main():
     rows = []
     for count in options.sources:
         row = run_apart(count, options.converge)
-        if options.peer_python:
+        if options.peer_python and count <= options.peer_limit:
             row["peer"] = run_peer(options.peer_python, count)
         peer = row.get("peer")
         told = f"{peer['first_step_s']:.1f} s, {peer['step_ms']:.1f} ms" if peer else ""

@@ -10,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -39,6 +40,14 @@ def rng():
 def eps() -> float:
     """Rounding error of JAX's default floating-point type in this run."""
     return float(jnp.finfo(jnp.result_type(float)).eps)
+
+
+@pytest.fixture
+def as_users_have_it():
+    """Switch off the type checks that the tests run under, which come before the package's own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ One model is fitted to all six images, each in its own pixels, and compared with
 
     python 01_quickstart.py
 
-writes figures, catalogue and model into the current folder, all named 01_*, and takes about half a minute.
+writes figures, catalogue and model into the current folder, all named 01_*, and takes less than a minute.
 """
 
 from pathlib import Path
@@ -77,6 +77,7 @@ def check_magnitudes(table: QTable, truth: Table):
     # Free pixels describe any galaxy, but the data hardly say how much light is in its faint outskirts, where
     # non-negative pixels turn noise into light. That, and not the noise in the columns flux_err_*, limits the
     # magnitudes: the bright sources are wrong by some hundredths, the faint one is too bright by half a magnitude.
+    # The tolerances are about twice what such outskirts have been seen to do in this field.
     bright = truth["mag_i"] < FAINT_MAG
     for band in ("F814W", "i"):
         error = (table[f"mag_{band}"].value - truth[f"mag_{band}"].value)[bright]
@@ -95,6 +96,7 @@ def check_offset(result: sf.FitResult, header: fits.Header):
         f"HSC displaced by {1e3 * fitted[0]:+.1f} +- {1e3 * error[0]:.1f} mas east and "
         f"{1e3 * fitted[1]:+.1f} +- {1e3 * error[1]:.1f} mas north (truth {1e3 * true[0]:+.0f}, {1e3 * true[1]:+.0f})"
     )
+    # The noise of this field allows 1 mas, 0.006 of an HSC pixel. Three times that would mean that information is lost.
     assert np.all(error < 0.003)
     # A few standard errors: two numbers exceed 4 of them once in eight thousand fields.
     assert np.all(np.abs(fitted - true) < 4 * error)
@@ -144,7 +146,8 @@ def save_and_refit(result: sf.FitResult, table: QTable):
         np.round(background / noise, 3),
     )
     assert again.is_converged
-    assert np.all(np.abs(background) < 0.1 * noise)
+    # The noise of 48 x 48 pixels allows 0.02 of that of one. Light beyond the stamps counts as sky, too: a few times that.
+    assert np.all(np.abs(background) < 0.2 * noise)
 
 
 if __name__ == "__main__":

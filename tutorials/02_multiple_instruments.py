@@ -19,6 +19,7 @@ import sys
 
 import astropy.units as u
 import numpy as np
+import numpyro.distributions as dist
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
@@ -56,8 +57,10 @@ def main(name: str):
         print(f'{coverage}: {each.shape} (channel, y, x), {each.pixel_scale:.3f}" a pixel, {", ".join(each.channels)}')
     plot_frames({"union": frame, "intersection": inner}, observations, positions).savefig("02_frames.png", dpi=150)
 
-    # Shapes start from the image with the sharpest PSF, fluxes in the other bands from apertures around the positions.
+    # Shapes start from the image with the sharpest PSF, fluxes in all bands from apertures around the positions. The start
+    # may be rough, as the residuals in the figure show: the fit begins by solving for all fluxes at once.
     scene = sf.initialize(frame, observations, positions)
+    sf.plot.scene(scene, observations).savefig("02_start.png", dpi=150)
 
     # Fluxes and pixels are free, and non-negative, by default. So is here the sky level of HSC in every band. There are
     # no step sizes to choose and no instrument to be rescaled.
@@ -71,6 +74,7 @@ def main(name: str):
     # have to move to explain them is a linear problem.
     shift, error = shift_from_residuals(before)
     print(f"the HSC residuals ask for a shift of {mas(shift, error)}: {np.max(np.abs(shift) / error):.0f} sigma")
+    # By chance a shift of 5 sigma would be asked for once in a million fields.
     assert np.max(np.abs(shift) / error) > 5
 
     # One observation has to stay where it is, the anchor: if all moved, the scene could move along with them.
@@ -81,18 +85,22 @@ def main(name: str):
     else:
         raise AssertionError("expected an error when no observation is left as the anchor")
 
-    # The same start with the offset free. A prior could be given, such as dist.Normal(0, 100 * u.mas) from numpyro.
-    after = sf.fit(scene, observations, parameters.free(SHIFT))
+    # The same start with the offset of HSC free, HST being the anchor. The prior is optional, and says that the two
+    # agree to a tenth of an arcsecond or so. It is fifty times wider than the error of the fit, which it hardly changes.
+    after = sf.fit(scene, observations, parameters.free(SHIFT, prior=dist.Normal(0, 100 * u.mas)))
     assert after.is_converged
     judge(after, "offset free")
     sf.plot.scene(after.scene, after.observations).savefig("02_offset_free.png", dpi=150)
     plot_dipoles(before, after).savefig("02_dipoles.png", dpi=150)
     gain = before.loss - after.loss
     print(f"the loss fell by {gain:.0f} for two more parameters")
-    assert gain > 100
+    # The shift that the residuals asked for is worth at least half its squared significance. The sources, which had
+    # given way to the dipoles, can go back to where HST sees them, which is worth more.
+    assert gain > 0.5 * np.max(np.abs(shift) / error) ** 2
     leftover, error = shift_from_residuals(after)
     print(f"now the residuals ask for {mas(leftover, error)}")
-    assert np.all(np.abs(leftover) < 0.15 * np.hypot(*shift))
+    # At the minimum they ask for nothing. The fit stops a few hundredths of a standard deviation away from it.
+    assert np.all(np.abs(leftover) < error)
 
     report_offset(after, field.path)
     report_fluxes(after, field.truth)
@@ -161,19 +169,22 @@ def report_offset(result: sf.FitResult, path):
         y, x = jacobian @ shift
         y_error, x_error = np.sqrt(jacobian**2 @ error**2)
         print(f"  = {x:+.4f} +- {x_error:.4f} in x and {y:+.4f} +- {y_error:.4f} in y, {grid} pixels")
-    # Two instruments agree on where the sky is to a fraction of the HSC PSF.
+    # Surveys tied to one reference catalogue agree to a tenth of an arcsecond, and HSC is registered to a hundredth of
+    # its PSF of 0.6": anything larger would mean that sources have been confused.
     assert np.hypot(*shift) < 0.1
-    assert np.all(error < 0.005)
+    assert np.all(error < 0.006)
+    # Both fields have an offset of several hundredths of an arcsecond, many times that.
     assert np.hypot(*(shift / error)) > 10
     header = fits.getheader(path)
     if "OFF_E" in header:
         true = np.array([header["OFF_E"], header["OFF_N"]])
         print(f"  truth: {1e3 * true[0]:+.1f} mas east, {1e3 * true[1]:+.1f} mas north")
+        # Two numbers exceed 4 standard errors once in eight thousand fields.
         assert np.all(np.abs(shift - true) < 4 * error)
 
 
 def report_fluxes(result: sf.FitResult, truth: Table | None):
-    """Print the catalogue."""
+    """Print the catalogue, beside the truth where it is known."""
     table = sf.catalog(result)
     shown = table["id", "ra", "dec"]
     shown["ra"].info.format = shown["dec"].info.format = ".6f"
@@ -184,7 +195,16 @@ def report_fluxes(result: sf.FitResult, truth: Table | None):
             shown[f"true {channel}"] = np.round(truth[f"flux_{channel}"].value, 1)
     shown["snr"] = np.round(table["snr"], 0)
     print("\n".join(shown.pformat(max_width=-1)))
-    assert np.all(np.nan_to_num(table["snr"]) > 0)
+    # Every source of the catalogue is there in at least one band.
+    assert np.all(table["snr"] > 3)
+    if truth is None:
+        return
+    # The errors are those of the noise with the pixels held as fitted. What free pixels make of the outskirts adds some
+    # hundredths of a magnitude, and more to the one source that is fainter than 22.5 (tutorial 01 looks into that).
+    bright = truth["mag_i"] < 22.5
+    for channel in ("F814W", "i"):
+        error = (table[f"mag_{channel}"].value - truth[f"mag_{channel}"].value)[bright]
+        assert np.abs(error).max() < 0.12
 
 
 def compare_with_intersection(frame: sf.Frame, observations, positions: SkyCoord, union: sf.FitResult):
@@ -195,8 +215,8 @@ def compare_with_intersection(frame: sf.Frame, observations, positions: SkyCoord
     assert result.is_converged
     shift, other = find(result, "HSC").astrometry.shift, find(union, "HSC").astrometry.shift
     print(f"on the intersection frame the offset is {1e3 * shift[0]:+.1f} mas east, {1e3 * shift[1]:+.1f} mas north")
-    # The pixels outside hold little information on the offset.
-    assert np.all(np.abs(shift - other) < 0.004)
+    # HST sees none of the pixels outside, so they say little about the offset: the two agree to a few standard errors.
+    assert np.all(np.abs(shift - other) < 3 * offset_errors(union)["HSC"])
 
 
 def show_dialects_and_epochs(result: sf.FitResult):
@@ -239,8 +259,9 @@ def plot_frames(frames: dict[str, sf.Frame], observations, positions: SkyCoord) 
 
     fig = Figure(figsize=(4.6, 4.6), layout="constrained")
     ax = fig.add_subplot()
-    for obs, color in zip(observations, ("#0072B2", "#D55E00"), strict=True):
-        ax.fill(*outline(obs.wcs, obs.shape[1:]), color=color, alpha=0.25, linewidth=0, label=f"{obs.name} image")
+    # The HST image lies on top: it is the smaller one.
+    for obs, color in zip(observations[::-1], ("#fdd0a2", "#9ecae1"), strict=True):
+        ax.fill(*outline(obs.wcs, obs.shape[1:]), color=color, linewidth=0, label=f"{obs.name} image")
     for (coverage, frame), style in zip(frames.items(), ("-", "--"), strict=True):
         ax.plot(*outline(frame.wcs, frame.box.shape), "k", linestyle=style, linewidth=1.2, label=f"{coverage} frame")
     ax.plot(*offsets(positions), "k+", label="sources")

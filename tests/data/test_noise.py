@@ -136,6 +136,27 @@ def test_restricted_noise_forgets_the_rest(example, residual, eps):
     np.testing.assert_allclose(restricted.whiten(to_jax(residual[:, 1:4, :3])), expected, rtol=5 * eps)
 
 
+@pytest.mark.parametrize("unit", [1.0, 3e-20, 1e10])
+def test_white_likelihood_of_scaled_and_restricted_noise_is_that_of_scipy(residual, unit, eps):
+    noise, valid, _ = white_example()
+    unit = unit * np.array([1.0, 2.0])
+    keep = np.random.default_rng(3).random((3, 3)) < 0.7
+    used = valid[:, 1:4, :3] & keep
+    changed = noise.scaled(unit).restricted(keep, (slice(1, 4), slice(0, 3)))
+    scaled = (residual / unit[:, None, None])[:, 1:4, :3]
+    sigma = (
+        1
+        / np.sqrt(np.asarray(noise.weights)[:, 1:4, :3][used])
+        / np.broadcast_to(unit[:, None, None], used.shape)[used]
+    )
+    assert changed.log_normalization() == pytest.approx(scipy.stats.norm(0, sigma).logpdf(0).sum(), rel=1e-12)
+    if abs(np.log10(unit[0])) < 15:
+        # 50 eps of the chi-square, the larger part: a sum of squares. Outside the range of float32 it is not defined.
+        expected = scipy.stats.norm(0, sigma).logpdf(scaled[used]).sum()
+        scale = float(changed.chi_square(to_jax(scaled)).sum())
+        assert float(changed.log_likelihood(to_jax(scaled))) == pytest.approx(expected, abs=50 * eps * scale + 1e-4)
+
+
 def test_level_is_the_typical_sigma():
     weights = np.full((3, 3, 3), 4.0)
     weights[1, 0] = 1e6

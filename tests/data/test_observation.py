@@ -3,14 +3,18 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
 
 from scenefit.data.noise import WhiteNoise
 from scenefit.data.observation import Astrometry, Observation
-from scenefit.sky.frame import Frame
+from scenefit.model.morphology import PointMorphology
+from scenefit.model.scene import Scene
+from scenefit.model.source import Source
+from scenefit.sky.frame import Frame, is_same_frame
 from scenefit.sky.psf import GaussianPSF, ImagePSF
-from tests.helpers import gaussian_image, make_observation, tangent_header, tangent_wcs
+from tests.helpers import CENTER_DEG, gaussian_image, make_observation, tangent_header, tangent_wcs
 
 SHAPE = (2, 12, 14)
 CHANNELS = ("g", "r")
@@ -60,6 +64,65 @@ def test_memory_mapped_fits_arrays(data, tmp_path):
         stored = hdus[0].data.astype(float)
     np.testing.assert_array_equal(obs.data, stored)
     np.testing.assert_array_equal(obs.noise.weights, 4.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sigma": 2.0 * u.uJy, "background": 500 * u.nJy},
+        {"variance": 4e6 * u.nJy**2, "background": 0.5},
+        {"weights": 0.25 / u.uJy**2, "background": [0.5, 0.5] * u.uJy},
+        {"sigma": 2.0, "background": 0.5},
+    ],
+)
+def test_data_with_a_unit_are_calibrated(data, options):
+    plain = observe(data, weights=None, sigma=2.0, background=0.5, unit="uJy")
+    obs = observe(data * u.uJy, **{"weights": None, **options})
+    assert obs.flux_unit == "nJy"
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(obs.data, plain.data, rtol=1e-12)
+    np.testing.assert_allclose(obs.noise.weights, plain.noise.weights, rtol=1e-12)
+    np.testing.assert_allclose(obs.background, plain.background, rtol=1e-12)
+
+
+def test_plain_numbers_are_in_the_unit_asked_for(data):
+    plain = observe(data, unit="uJy")
+    obs = observe(data * u.uJy, weights=1.0, unit="nJy")
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(obs.data, plain.data, rtol=1e-12)
+    np.testing.assert_allclose(obs.noise.weights, 1.0, rtol=1e-12)
+    np.testing.assert_allclose(observe(data * u.uJy / u.pix).data, plain.data, rtol=1e-12)
+
+
+def test_counts_with_a_unit_need_a_zeropoint(data):
+    counts = data * u.electron / u.s
+    assert observe(counts).flux_unit == "data units"
+    obs = observe(counts, weights=None, sigma=2 * u.electron / u.s, zeropoint=25.0)
+    np.testing.assert_array_equal(obs.data, observe(data, zeropoint=25.0).data)
+
+
+def test_masked_pixels_carry_no_information(data):
+    bad = data > 12
+    expected = observe(data, mask=bad)
+    with_mask = observe(np.ma.masked_array(data, bad))
+    np.testing.assert_array_equal(with_mask.noise.valid, ~bad)
+    np.testing.assert_array_equal(with_mask.data, expected.data)
+    for kind in ("weights", "variance", "sigma"):
+        obs = observe(data, **{"weights": None, kind: np.ma.masked_array(np.ones(SHAPE), bad)})
+        np.testing.assert_array_equal(obs.noise.valid, ~bad)
+    integers = np.ma.masked_array(np.round(data).astype(">i2"), bad)
+    np.testing.assert_array_equal(observe(integers).noise.valid, ~bad)
+
+
+def test_epochs_of_one_band(data):
+    obs = observe(data, channels=[("i", 1), ["i", "second"]])
+    assert obs.channels == (("i", 1), ("i", "second"))
+
+
+@pytest.mark.parametrize("astrometry", [(0.03, -0.02), [30, -20] * u.mas, Astrometry((0.03, -0.02))])
+def test_astrometry_or_its_shift(data, astrometry):
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(observe(data, astrometry=astrometry).astrometry.shift, [0.03, -0.02], rtol=1e-12)
 
 
 def test_the_data_handed_in_stay_as_they_are(data):
@@ -189,6 +252,50 @@ def test_render_needs_a_renderer(data, model):
         observe(data, name="obs-x").render(model)
 
 
+def test_a_model_image_must_be_one_of_the_frame(data, frame):
+    with pytest.raises(
+        ValueError, match=r"wants the shape \(channel, y, x\) = \(2, 12, 14\) of the frame .*got \(12, 14\)"
+    ):
+        observe(data).match(frame).render(np.ones(SHAPE[1:]))
+
+
+def star_on(frame):
+    """Return a scene with one star in the middle of the test field."""
+    return Scene(frame, {"star": Source(SkyCoord(*CENTER_DEG, unit="deg"), [100.0], PointMorphology())})
+
+
+@pytest.mark.parametrize("other", [(20, 24), (30, 30)])
+def test_render_follows_the_scene_to_another_frame(other):
+    """An observation matched to one frame predicts a scene on another one as if it had never been matched."""
+    obs = make_observation((20, 20), background=0.5)
+    first, second = (Frame(shape, channels="g", wcs=tangent_wcs(shape, 0.1)) for shape in ((20, 24), (30, 30)))
+    turned = Frame(other, channels=("r", "g"), wcs=tangent_wcs(other, 0.07, rotation_deg=40))
+    scene = Scene(turned, {"star": Source(turned.center, [7.0, 100.0], PointMorphology())})
+    expected = obs.render(scene)
+    np.testing.assert_array_equal(obs.match(first).render(scene), expected)
+    np.testing.assert_array_equal(obs.match(first).match(turned).render(scene), expected)
+    for frame in (first, second):
+        matched = obs.match(turned).match(frame)
+        assert is_same_frame(matched.frame, frame)
+        # 1e-4: aliasing of the point.
+        assert matched.render(star_on(frame)).sum() == pytest.approx(100 + 0.5 * 400, rel=1e-4)
+
+
+def test_matching_again_to_the_same_frame_does_nothing():
+    obs = make_observation((20, 20))
+    first, second = (Frame((20, 24), channels="g", wcs=tangent_wcs((20, 24), 0.1)) for _ in range(2))
+    matched = obs.match(first)
+    assert matched.match(second) is matched
+    assert matched.with_shift((0.1, 0.0)).match(second).renderer.transfer is matched.renderer.transfer
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("thing", [None, (20, 24), GaussianPSF(1.0)])
+def test_match_wants_a_frame(thing):
+    with pytest.raises(TypeError, match=r"obs: match\(\) wants a Frame; got a"):
+        make_observation().match(thing)
+
+
 def test_outside_the_frame_there_is_only_background():
     obs = make_observation((20, 20), background=0.5)
     small = Frame((8, 8), channels="g", wcs=tangent_wcs((8, 8), 0.1))
@@ -258,7 +365,17 @@ def test_match_leaves_the_original(data, frame):
     assert obs.renderer is None
 
 
-@pytest.mark.parametrize("shift", [[30, -20] * u.mas, [0.03, -0.02] * u.arcsec, (0.03, -0.02)])
+@pytest.mark.parametrize("background", [2.0, [2.0, 2.0] * u.nJy, 0.002 * u.uJy])
+def test_backgrounds_take_units(data, background):
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(observe(data, unit="nJy").with_background(background).background, 2.0, rtol=1e-12)
+    with pytest.raises(ValueError, match="observation: background must be without a unit"):
+        observe(data).with_background(2.0 * u.nJy)
+
+
+@pytest.mark.parametrize(
+    "shift", [[30, -20] * u.mas, [0.03, -0.02] * u.arcsec, (0.03, -0.02), (30 * u.mas, -0.02 * u.arcsec)]
+)
 def test_shifts_take_units(shift):
     # 1e-12: rounding in float64.
     np.testing.assert_allclose(Astrometry(shift).shift, [0.03, -0.02], rtol=1e-12)
@@ -342,15 +459,52 @@ BAD_INPUT = {
     "unit": (None, {"unit": "m"}, ValueError, "unit= wants a flux density"),
     "background": (None, {"background": [1.0, np.nan]}, ValueError, "background wants one finite number or one per"),
     "wcs": (None, {"wcs": WCS(naxis=2)}, ValueError, "two celestial axes"),
+    "wcs type": (None, {"wcs": "image.fits"}, TypeError, "a FITS header; got a str"),
+    "zeropoint text": (None, {"zeropoint": "bright"}, TypeError, "zeropoint must be real numbers .*got 'bright'"),
+    "zeropoint unit": (None, {"zeropoint": 25 * u.STmag}, ValueError, "must be a finite AB magnitude; got 25"),
+    "both units": (None, {"zeropoint": 25.0, "unit": "nJy"}, ValueError, "either zeropoint=.*or unit=, not both"),
+    "data unit": (np.ones(SHAPE) * u.m, {"unit": "nJy"}, ValueError, "data must be in nJy or a unit that converts"),
+    "sigma unit": (None, {"weights": None, "sigma": 2 * u.nJy}, ValueError, "sigma must be without a unit; got"),
+    "variance unit": (
+        np.ones(SHAPE) * u.nJy,
+        {"weights": None, "variance": 2 * u.nJy},
+        ValueError,
+        "variance must be in nJy2 or a unit that converts",
+    ),
+    "weights text": (None, {"weights": "ivar"}, TypeError, "weights must be real numbers .*got 'ivar'"),
+    "background text": (None, {"background": "sky"}, TypeError, "background must be real numbers .*got 'sky'"),
+    "noise type": (
+        None,
+        {"weights": None, "noise": 3.0},
+        TypeError,
+        "noise= wants a noise model .*; got 3.0. Use sigma=",
+    ),
+    "PSF type": (None, {"psf": None}, TypeError, "a GaussianPSF, an ImagePSF or an array of its image; got None"),
+    "channels type": (
+        None,
+        {"channels": ("i", 1)},
+        TypeError,
+        r"names, each a string or \(band, epoch\), .*\[1\] is neither",
+    ),
+    "shift": (None, {"astrometry": (1.0, np.nan)}, ValueError, r"a finite shift \(east, north\) in arcsec"),
+    "shift unit": (None, {"astrometry": (1, 2) * u.m}, ValueError, r"shift \(east, north\) must be in arcsec"),
 }
 
 
+@pytest.mark.usefixtures("as_users_have_it")
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_refused(data, case):
     bad_data, options, error, message = BAD_INPUT[case]
     bad_data = data if bad_data is None else bad_data
-    with pytest.raises(error, match=message):
-        observe(bad_data, **options)
+    with pytest.raises(error, match=f"^HSC: .*{message}"):
+        observe(bad_data, **{"name": "HSC", **options})
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("name", ["a.b", "a*", "", 3])
+def test_names_that_paths_can_not_hold(data, name):
+    with pytest.raises(ValueError, match=r"Observation names are strings without '\.' and '\*'; got"):
+        observe(data, name=name)
 
 
 def test_an_oversampled_psf_may_have_more_samples_than_the_data_pixels(data):

@@ -134,6 +134,20 @@ def test_a_prefix_of_a_name_is_no_match(parameters):
         parameters.match("sources.gal")
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a?", "a+b", "a b"])
+def test_a_star_alone_is_special(name):
+    sources = {n: Source((20, 20), [1.0], PointMorphology()) for n in (name, "a1", "ab")}
+    scene = Scene(Frame(FINE_SHAPE, channels="g"), sources)
+    parameters = Parameters.default(scene, [make_observation(wcs=None)])
+    assert parameters.match(f"sources.{name}.center") == [f"sources.{name}.center"]
+    assert len(parameters.match("sources.a*.center")) == 3
+
+
+def test_one_parameter_is_asked_for_by_its_path(parameters):
+    with pytest.raises(ValueError, match=r"'sources\.\*\.center' names 5 parameters; match\(\) lists them"):
+        parameters["sources.*.center"]
+
+
 def test_fix_and_free_return_changed_copies(parameters):
     fixed = parameters.fix("sources.*.center")
     assert free_paths(parameters) - free_paths(fixed) == {
@@ -181,6 +195,32 @@ def test_a_prior_comes_with_freeing_and_goes_again(parameters):
 def test_a_quantity_for_a_number_without_unit(parameters):
     with pytest.raises(ValueError, match="has no unit; its prior must be plain numbers"):
         parameters.prior("sources.galaxy.morphology.ellipticity", dist.Normal(0, 3 * u.arcsec))
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("prior", [0.03, "flat", dist.Normal, constraints.real])
+def test_what_is_no_prior(parameters, prior):
+    with pytest.raises(TypeError, match=r"A prior is a distribution from numpyro\.distributions, or None; got"):
+        parameters.prior(SHIFT.format("HSC"), prior)
+
+
+def test_a_prior_in_another_unit(parameters):
+    with pytest.raises(ValueError, match=r"The prior of observations\.HSC\.astrometry\.shift must be in arcsec"):
+        parameters.prior(SHIFT.format("HSC"), dist.Normal(0, 3 * u.nJy))
+
+
+def test_a_prior_of_another_shape(parameters):
+    shift = SHIFT.format("HSC")
+    assert parameters.prior(shift, dist.Normal(np.zeros(2), 0.1))[shift].prior.batch_shape == (2,)
+    with pytest.raises(ValueError, match=r"shift must have a shape that broadcasts to \(2,\); got \(3,\)"):
+        parameters.prior(shift, dist.Normal(np.zeros(3), 0.1))
+
+
+def test_an_angle_needs_a_wcs():
+    scene = Scene(Frame(FINE_SHAPE, channels="g"), [Source((20, 20), [1.0], PointMorphology())])
+    parameters = Parameters.default(scene, [make_observation(wcs=None)])
+    with pytest.raises(ValueError, match=r"no WCS: the prior of sources\.0\.center must be in pixels, not 0\.2 arcsec"):
+        parameters.prior("sources.0.center", dist.Normal(0, 0.2 * u.arcsec))
 
 
 def test_freeing_all_shifts_raises(parameters):

@@ -5,6 +5,7 @@ from scenefit.model.morphology import GaussianMorphology, PixelMorphology, Point
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
+from tests.helpers import tangent_wcs
 
 CHANNELS = ("g", "r")
 
@@ -27,10 +28,32 @@ def test_a_sequence_of_sources_is_numbered():
     assert list(Scene(Frame((12, 12), channels="g"), [star, star]).sources) == ["0", "1"]
 
 
-@pytest.mark.parametrize("name", ["a.b", "a*"])
+@pytest.mark.parametrize("name", ["a.b", "a*", ""])
 def test_names_that_paths_can_not_hold(name):
     with pytest.raises(ValueError, match=r"Source names are strings without '\.' and '\*'; got"):
         Scene(Frame((12, 12), channels="g"), {name: Source((5, 5), [1.0], PointMorphology())})
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize(("sources", "got"), [(3, "int"), ([3], r"\{'0': 'int'\}"), (None, "NoneType")])
+def test_what_is_no_source(sources, got):
+    with pytest.raises(TypeError, match=f"a mapping of names to Source or CompositeSource; got {got}"):
+        Scene(Frame((12, 12), channels="g"), sources)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_what_is_no_frame():
+    with pytest.raises(TypeError, match="A Scene lies on a Frame; got a tuple"):
+        Scene((12, 12), {})
+
+
+def test_sources_may_be_given_on_the_sky():
+    frame = Frame((12, 14), channels="g", wcs=tangent_wcs((12, 14)))
+    star = Source(frame.to_sky((5.0, 6.5)).galactic, [1.0], PointMorphology())
+    # 1e-6 pixels: rounding of degrees in float64, there and back.
+    np.testing.assert_allclose(Scene(frame, [star]).sources["0"].center, [5.0, 6.5], atol=1e-6)
+    with pytest.raises(ValueError, match="This frame has no WCS: positions must be"):
+        Scene(Frame((12, 14), channels="g"), [star])
 
 
 def test_components_come_in_order(scene):

@@ -1,3 +1,4 @@
+import astropy.units as u
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +80,24 @@ def test_channels_that_do_not_fit(make, channels, message):
 def test_fluxes_are_a_vector(flux):
     with pytest.raises(ValueError, match=r"shape \(n,\), n > 0; got shape"):
         ArraySpectrum(flux)
+
+
+@pytest.mark.parametrize("flux", [[1.0, 0.002] * u.uJy, [1.0 * u.uJy, 2.0]])
+def test_fluxes_may_have_a_unit(flux):
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(ArraySpectrum(flux).flux, [1000.0, 2.0], rtol=1e-12)
+
+
+def test_fluxes_in_another_unit():
+    with pytest.raises(ValueError, match="The flux of a spectrum must be in nJy or a unit that converts to it"):
+        ArraySpectrum([1.0, 2.0] * u.mag)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("epochs", [3, "first"])
+def test_epochs_are_a_sequence(epochs):
+    with pytest.raises(TypeError, match="wants a sequence of epochs; got"):
+        TransientSpectrum([1.0, 2.0], epochs)
 
 
 def test_a_number_is_one_flux():

@@ -8,9 +8,9 @@ from astropy.coordinates import FK5, Galactic, SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from scenefit.sky.frame import Frame, as_wcs, check_channels, pixel_map, pixel_scale_of
+from scenefit.sky.frame import Frame, as_wcs, check_channels, is_same_frame, pixel_map, pixel_scale_of
 from scenefit.sky.psf import GaussianPSF
-from tests.helpers import CENTER_DEG, make_observation, tangent_header, tangent_wcs, with_sip, with_tpv
+from tests.helpers import CENTER_DEG, gaussian_image, make_observation, tangent_header, tangent_wcs, with_sip, with_tpv
 
 SHAPE = (30, 40)
 FLIPS = list(itertools.product((False, True), (False, True)))
@@ -132,6 +132,17 @@ def test_a_position_has_two_coordinates():
         Frame(SHAPE, channels="g").to_pixel([1, 2, 3])
 
 
+def test_positions_are_taken_in_many_forms():
+    frame = frame_of(HEADERS["CD"])
+    places = [frame.to_sky((3.0, 4.0)), frame.to_sky((5.0, 6.0)).galactic]
+    # 1e-6 pixels: rounding of degrees.
+    np.testing.assert_allclose(frame.to_pixel([place.icrs for place in places]), [[3, 4], [5, 6]], atol=1e-6)
+    np.testing.assert_array_equal(frame.to_pixel([3, 4] * u.pix), [3, 4])
+    assert separation_arcsec(frame.to_sky([3, 4] * u.pix), places[0]) < 1e-9
+    with pytest.raises(ValueError, match="A position that isn't a SkyCoord must be in pix"):
+        frame.to_pixel([150.3, 2.05] * u.deg)
+
+
 # ---- scale and directions
 
 
@@ -193,13 +204,21 @@ def test_repeated_channels_are_refused(channels):
         check_channels(channels)
 
 
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("channels", [None, 2, [1, 2], ("i", 1), [("i", 1, 2)], [(1, "i")], [""], {"g": 1}])
+def test_channels_are_names_or_pairs(channels):
+    with pytest.raises(TypeError, match=r"each a string or \(band, epoch\), such as .*; got"):
+        check_channels(channels)
+
+
 def test_no_channel_is_refused():
     with pytest.raises(ValueError, match=r"at least one; got \[\]"):
         check_channels([])
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, -1)])
-def test_empty_shapes_are_refused(shape):
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("shape", [(0, 5), (5, -1), 5, (1, 5, 5), (5.5, 5)])
+def test_bad_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"shape \(height, width\) of at least one pixel each; got"):
         Frame(shape, channels="g")
 
@@ -207,6 +226,68 @@ def test_empty_shapes_are_refused(shape):
 def test_one_model_psf_serves_all_channels():
     with pytest.raises(ValueError, match="one model PSF for all channels; got one of 2 channels"):
         Frame(SHAPE, channels=["g", "r"], psf=GaussianPSF([0.7, 0.8]))
+
+
+def test_the_model_psf_may_be_an_image():
+    frame = Frame(SHAPE, channels="g", psf=gaussian_image((9, 9), (4, 4), 1.0))
+    assert frame.psf.num_channels == 1
+
+
+def test_negative_padding_is_refused():
+    with pytest.raises(ValueError, match="padding of at least 0 pixels; got -3"):
+        Frame(SHAPE, channels="g", padding=-3)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("wcs", ["image.fits", {"CTYPE1": "RA---TAN"}])
+def test_what_is_no_wcs(wcs):
+    with pytest.raises(TypeError, match=r"an astropy\.wcs\.WCS or a FITS header; got a (str|dict)"):
+        as_wcs(wcs)
+
+
+@pytest.mark.parametrize(
+    ("cards", "reason"),
+    [({"CTYPE1": "FOO--TAN"}, "Unrecognized celestial type"), ({"CD1_1": 0.0, "CD1_2": 0.0}, "matrix is singular")],
+)
+def test_a_wcs_that_makes_no_sense(cards, reason):
+    header = HEADERS["CD"].copy()
+    header.update(cards)
+    with pytest.raises(ValueError, match=f"^The WCS can't be understood: .*{reason}"):
+        as_wcs(header)
+
+
+def same_frame_as(changes):
+    """Return the frame of a header again, with some changes."""
+    options = {"wcs": tangent_header(SHAPE), "channels": "g", "padding": 5, "psf": GaussianPSF(0.7), **changes}
+    return Frame(options.pop("shape", SHAPE), **options)
+
+
+def test_the_same_frame_built_twice():
+    first, second = same_frame_as({}), same_frame_as({})
+    assert is_same_frame(first, first)
+    assert is_same_frame(first, second)
+    assert is_same_frame(same_frame_as({"wcs": None}), same_frame_as({"wcs": None}))
+    distorted = as_wcs(HEADERS["SIP"])
+    assert is_same_frame(same_frame_as({"wcs": distorted}), same_frame_as({"wcs": distorted}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": (31, 40)},
+        {"channels": "r"},
+        {"padding": 6},
+        {"psf": GaussianPSF(0.8)},
+        {"psf": gaussian_image((9, 9), (4, 4), 0.7)},
+        {"wcs": None},
+        {"wcs": tangent_header(SHAPE, offset=(0.1, 0.0))},
+        {"wcs": tangent_header(SHAPE, rotation_deg=1)},
+        {"wcs": HEADERS["SIP"]},
+    ],
+    ids=str,
+)
+def test_frames_that_differ(changes):
+    assert not is_same_frame(same_frame_as({}), same_frame_as(changes))
 
 
 def test_wcs_must_be_celestial():
@@ -350,6 +431,40 @@ def test_without_wcs_all_lie_on_one_grid():
     observations = [make_observation(shape, wcs=None, name=str(shape)) for shape in ((10, 8), (7, 12))]
     assert Frame.from_observations(observations, "union").box.shape == (10, 12)
     assert Frame.from_observations(observations, "intersection").box.shape == (7, 8)
+
+
+def test_observations_may_come_one_by_one(pair):
+    assert Frame.from_observations(obs for obs in pair).shape == Frame.from_observations(pair).shape
+
+
+@pytest.mark.parametrize("observations", [3, [None], "field.fits"])
+def test_what_is_no_observation(observations):
+    with pytest.raises(TypeError, match="A frame is made from Observations; got"):
+        Frame.from_observations(observations)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, np.nan, np.inf, [0.1, 0.1]])
+def test_bad_pixel_scales_are_refused(scale):
+    with pytest.raises(ValueError, match=r"pixel_scale must be a positive angle .*; got"):
+        Frame.from_observations([make_observation()], pixel_scale=scale)
+
+
+def test_a_pixel_scale_is_an_angle():
+    with pytest.raises(ValueError, match="pixel_scale must be in arcsec or a unit that converts to it"):
+        Frame.from_observations([make_observation()], pixel_scale=1 * u.m)
+
+
+def test_a_pixel_scale_needs_a_wcs():
+    with pytest.raises(ValueError, match="pixel_scale= needs observations with a WCS"):
+        Frame.from_observations([make_observation(wcs=None)], pixel_scale=0.1)
+
+
+def test_a_union_with_a_gap_is_warned_of():
+    away = make_observation(name="away", center_deg=(150.31, 2.05), channels=("r",))
+    with pytest.warns(UserWarning, match=r"away covers .* around \(150\.31.*overlaps no other observation") as caught:
+        frame = Frame.from_observations([make_observation(), make_observation(name="same"), away])
+    assert len(caught) == 1
+    assert frame.box.shape[1] > 300
 
 
 def test_a_single_observation_needs_no_list():

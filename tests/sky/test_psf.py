@@ -1,3 +1,4 @@
+import astropy.units as u
 import galsim
 import numpy as np
 import pytest
@@ -199,6 +200,33 @@ def test_as_psf_takes_arrays_and_leaves_psfs():
     psf = GaussianPSF(1.0)
     assert as_psf(psf) is psf
     assert isinstance(as_psf(ODD.astype(">f4")), ImagePSF)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("psf", [None, 1.5, {"sigma": 1.0}])
+def test_what_is_no_psf(psf):
+    with pytest.raises(TypeError, match="A PSF is a GaussianPSF, an ImagePSF or an array of its image; got"):
+        as_psf(psf)
+
+
+@pytest.mark.parametrize("image", ["psf.fits", ODD * 1j, ODD * u.nJy])
+def test_psf_images_are_numbers(image):
+    with pytest.raises(TypeError, match="A PSF image must be real numbers without a unit; got"):
+        ImagePSF(image)
+
+
+def test_lengths_are_in_pixels():
+    np.testing.assert_array_equal(GaussianPSF(1.5 * u.pix).sigma, [1.5])
+    np.testing.assert_array_equal(ImagePSF(ODD, center=(5, 6) * u.pix).center, [(5, 6)])
+    with pytest.raises(
+        ValueError, match=r"sigma of a GaussianPSF \(divide an angle by the pixel scale\) must be in pix"
+    ):
+        GaussianPSF(0.6 * u.arcsec)
+
+
+def test_masked_samples_count_as_missing():
+    with pytest.raises(ValueError, match="must be finite"):
+        ImagePSF(np.ma.masked_greater(ODD, 0.04))
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf, [1.0, -2.0], [[1.0]]])

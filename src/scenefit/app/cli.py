@@ -14,7 +14,9 @@ from scenefit.app.config import Settings, read_settings
 from scenefit.app.fitsfile import is_fits
 from scenefit.app.pipeline import run, write_figure
 from scenefit.app.serialization import load, package_version
+from scenefit.data.observation import Observation
 from scenefit.infer.fit import FitResult, Status
+from scenefit.model.scene import Scene
 from scenefit.sky.frame import pixel_scale_of
 
 app = typer.Typer(
@@ -32,9 +34,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 @app.command()
 def demo(out: Out = Path("scenefit_demo"), overwrite: Overwrite = False, quiet: Quiet = False):
     """Fit the packaged field: a simulated blend seen by HST and HSC."""
-    directory = io.prepare_output(out, overwrite)
-    data = datasets.load("demo")
-    _fit(Settings(input=data.path, free_shift=("HSC",)), directory, quiet)
+    _fit(Settings(input=datasets.load("demo").path, free_shift=("HSC",)), out, overwrite, quiet)
 
 
 @app.command()
@@ -66,7 +66,7 @@ def fit(
         rtol=rtol,
         max_steps=max_steps,
     )
-    _fit(settings, io.prepare_output(out, overwrite), quiet)
+    _fit(settings, out, overwrite, quiet)
 
 
 @app.command()
@@ -77,8 +77,8 @@ def show(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder t
     if missing:
         raise FileNotFoundError(f"{directory}: expected the results of `scenefit fit`; {', '.join(missing)} not there.")
     result = load(model)
-    typer.echo(json.dumps(json.loads((directory / "summary.json").read_text(encoding="utf-8")), indent=2))
-    typer.echo("\n".join(QTable.read(table).pformat(max_lines=-1, max_width=-1)))
+    for text in (_summary_text(directory / "summary.json"), _table_text(table)):
+        typer.echo(text)
     figures = {
         "scene.png": plot.scene(result.scene, result.observations),
         "sources.png": plot.sources(result.scene, result.observations),
@@ -92,17 +92,20 @@ def show(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder t
 @app.command()
 def info(path: Annotated[Path, typer.Argument(metavar="FILE", help="Multi-instrument FITS file or saved model.")]):
     """Say what a file holds."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file; this is a folder. Results of a fit: scenefit show {path}")
     if is_fits(path):
         observations, positions = io.read_observations(path), io.catalog_in(path)
         typer.echo(f"{path}: {len(observations)} observation(s)")
     else:
         content = load(path)
-        observations, positions = getattr(content, "observations", ()), None
+        observations, positions = _observations_in(content), None
         typer.echo(f"{path}: {type(content).__name__}")
         if isinstance(content, FitResult):
             typer.echo(f"  {content.status.value}, {len(content.scene.sources)} sources, loss {content.loss:.6g}")
+        if isinstance(content, Scene):
+            shape = " x ".join(str(n) for n in content.frame.shape)
+            typer.echo(f"  {len(content.sources)} sources on a frame of {shape}")
     for obs in observations:
         scale = "no WCS" if obs.wcs is None else f'{pixel_scale_of(obs.wcs):.4g}"/pixel'
         channels = ", ".join(str(channel) for channel in obs.channels)
@@ -111,9 +114,37 @@ def info(path: Annotated[Path, typer.Argument(metavar="FILE", help="Multi-instru
         typer.echo(f"  catalogue of {len(positions[0])} sources")
 
 
-def _fit(settings: Settings, directory: Path, quiet: bool):
+def _observations_in(content) -> tuple[Observation, ...]:
+    """Return the observations that a loaded object consists of or contains."""
+    if isinstance(content, FitResult):
+        return content.observations
+    several = content if isinstance(content, tuple) else (content,)
+    return tuple(each for each in several if isinstance(each, Observation))
+
+
+def _summary_text(path: Path) -> str:
+    """Return a summary as text."""
+    try:
+        return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=2)
+    except ValueError as exc:
+        raise ValueError(f"{path}: expected the summary of a fit; reading it failed: {exc}") from exc
+
+
+def _table_text(path: Path) -> str:
+    """Return a catalogue as text."""
+    try:
+        return "\n".join(QTable.read(path).pformat(max_lines=-1, max_width=-1))
+    # The readers raise errors of many kinds.
+    except Exception as exc:
+        raise ValueError(f"{path}: expected the catalogue of a fit; reading it failed: {exc}") from exc
+
+
+def _fit(settings: Settings, out: Path, overwrite: bool, quiet: bool):
     """Run a fit and name what it wrote."""
-    result, written = run(settings, directory, progress=not quiet)
+    with io.output_folder(out, overwrite) as directory:
+        result, written = run(
+            settings, directory, progress=not quiet, report=lambda message: typer.echo(message, err=True)
+        )
     typer.echo(f"{len(result.scene.sources)} sources, {result.num_steps} steps, fit {result.status.value}. Written:")
     for path in written:
         typer.echo(f"  {path}")

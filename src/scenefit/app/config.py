@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -53,8 +54,10 @@ class Settings:
             raise ValueError(f"model is one of {', '.join(MODELS)}; got {self.model!r}.")
         if self.coverage not in COVERAGES:
             raise ValueError(f"coverage is one of {', '.join(COVERAGES)}; got {self.coverage!r}.")
-        if not self.rtol > 0 or self.max_steps < 1:
-            raise ValueError(f"rtol must be positive and max_steps at least 1; got {self.rtol} and {self.max_steps}.")
+        if not 0 < self.rtol < math.inf or self.max_steps < 1:
+            raise ValueError(
+                f"rtol must be positive and finite, max_steps at least 1; got {self.rtol} and {self.max_steps}."
+            )
 
 
 def read_settings(path: str | os.PathLike, **options) -> Settings:
@@ -77,7 +80,7 @@ def read_settings(path: str | os.PathLike, **options) -> Settings:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a FITS file or a TOML file with settings; there is no such file.")
-    values: dict[str, Any] = _read_toml(path) if path.suffix == ".toml" else {"input": path}
+    values: dict[str, Any] = _read_toml(path) if path.suffix.lower() == ".toml" else {"input": path}
     values.update({name: value for name, value in options.items() if value is not None})
     return Settings(**values)
 
@@ -118,6 +121,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if key in content:
             content[key] = path.parent / content[key]
     for key in ("free_shift", "free_background"):
+        if not all(isinstance(name, str) for name in content.get(key, ())):
+            raise ValueError(f"{path}: setting {key!r} wants names of observations; got {content[key]}.")
         if key in content:
-            content[key] = tuple(str(name) for name in content[key])
+            content[key] = tuple(content[key])
     return content

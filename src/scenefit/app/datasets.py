@@ -90,6 +90,12 @@ def _local_file(name: str) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
+def _folder_now() -> str:
+    """Say what the folder of local copies is, for messages."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return f"now: {folder}, which lacks it" if folder else "now: not set"
+
+
 def _load_demo() -> Dataset:
     """Load the packaged field."""
     return _from_file(
@@ -100,15 +106,17 @@ def _load_demo() -> Dataset:
 
 def _load_cosmos() -> Dataset:
     """Load the COSMOS field, downloading it if need be."""
-    path = _local_file(COSMOS_FILE)
+    path = next(filter(None, map(_local_file, (COSMOS_FILE, f"{COSMOS_FILE}.gz", COSMOS_REMOTE_FILE))), None)
     if path is None:
         try:
             path = Path(huggingface_hub.hf_hub_download(COSMOS_REPOSITORY, COSMOS_REMOTE_FILE, repo_type="dataset"))
-        except OSError as exc:
+        # The transport raises errors of many kinds.
+        except Exception as exc:
             raise ConnectionError(
                 f"The download of the data set 'cosmos' ({COSMOS_REMOTE_FILE} from "
-                f"https://huggingface.co/datasets/{COSMOS_REPOSITORY}) failed: {exc}. "
-                f"Offline, set {FOLDER_VARIABLE} to a folder that has that file, unzipped, as {COSMOS_FILE}."
+                f"https://huggingface.co/datasets/{COSMOS_REPOSITORY}) failed: {str(exc).rstrip('.')}. "
+                f"Offline, set {FOLDER_VARIABLE} to a folder that has that file as {COSMOS_FILE}, {COSMOS_FILE}.gz or "
+                f"{COSMOS_REMOTE_FILE} ({_folder_now()})."
             ) from exc
     return _from_file(path, "real blend in the COSMOS field, HST F814W and HSC grizy")
 
@@ -119,7 +127,7 @@ def _load_decals() -> Dataset:
     if path is None or psf_path is None:
         raise FileNotFoundError(
             f"The data set 'decals' is read from a local folder: set {FOLDER_VARIABLE} to one that has "
-            f"{DECALS_FILE} and {DECALS_PSF_FILE} (now: {os.environ.get(FOLDER_VARIABLE) or 'not set'})."
+            f"{DECALS_FILE} and {DECALS_PSF_FILE} ({_folder_now()})."
         )
     planes = range(len(DECALS_BANDS))
     with open_fits(path) as images, open_fits(psf_path) as psfs:

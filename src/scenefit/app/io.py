@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import astropy.units as u
@@ -22,6 +23,7 @@ from scenefit.app.serialization import atomic_path, package_version
 from scenefit.arrays.box import Box
 from scenefit.data.observation import Observation
 from scenefit.model.packing import component_box
+from scenefit.sky import units
 from scenefit.sky.frame import Channel, as_wcs
 from scenefit.sky.psf import ImagePSF
 
@@ -32,8 +34,19 @@ CHANNELS_BY_NAME = {("HSC", 5): ("g", "r", "i", "z", "y"), ("HST", 1): ("F814W",
 NANOMAGGY_ZEROPOINT = 22.5
 MAX_SOURCE_BYTES = 512e6
 """Images of single sources span the frame if all together take no more; else each is cut to its source."""
-_RA_NAMES = ("ra", "ra_deg", "raj2000", "_raj2000", "alpha_j2000", "alphawin_j2000", "ra_icrs")
-_DEC_NAMES = ("dec", "dec_deg", "dej2000", "_dej2000", "delta_j2000", "deltawin_j2000", "de_icrs", "dec_icrs")
+_POSITION_NAMES = (
+    ("ra", "dec"),
+    ("ra_deg", "dec_deg"),
+    ("radeg", "dedeg"),
+    ("raj2000", "dej2000"),
+    ("_raj2000", "_dej2000"),
+    ("alpha_j2000", "delta_j2000"),
+    ("alphawin_j2000", "deltawin_j2000"),
+    ("x_world", "y_world"),
+    ("ra_icrs", "de_icrs"),
+    ("ra_icrs", "dec_icrs"),
+)
+"""Pairs of columns with right ascension and declination, in any capitals."""
 _TABLE_FORMATS = {
     ".ecsv": "ascii.ecsv",
     ".csv": "ascii.csv",
@@ -58,7 +71,7 @@ def read_observations(
     ----------
     path : path
         `.fits` or `.fits.gz`.
-    names : sequence of str, optional
+    names : str or sequence of str, optional
         Which observations, in this order; by default all as they stand in the file.
     zeropoints : mapping of name to float or array, optional
         AB magnitude of one data unit, instead of what the header says.
@@ -77,15 +90,16 @@ def read_observations(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it isn't FITS, is truncated, lacks an HDU, or holds what makes no Observation.
+        If it isn't FITS, is truncated, lacks an HDU or has it twice, or holds what makes no Observation.
     """
     with open_fits(path) as hdus:
-        found = [extension_name(hdu)[:-4] for hdu in hdus if extension_name(hdu).upper().endswith("_OBS")]
+        found = _observation_names(hdus, path)
         if not found:
             raise ValueError(
                 f"{path}: expected image HDUs NAME_OBS, NAME_WEIGHTS, NAME_PSF of at least one observation; "
                 f"found HDUs {extension_names(hdus)}."
             )
+        names = [names] if isinstance(names, str) else names
         zeropoints = {} if zeropoints is None else dict(zeropoints)
         unknown = [name for name in (*(names or ()), *zeropoints) if name not in found]
         if unknown:
@@ -103,8 +117,8 @@ def read_catalog(path_or_table: str | os.PathLike | Table) -> tuple[SkyCoord, Ta
     ----------
     path_or_table : path or Table
         The HDU CATALOG, or else the only table, of a FITS file; ECSV, CSV, VOTable, or another text table.
-        Columns RA and DEC in any capitals, or under another usual name; in degrees unless they have a unit.
-        RADESYS (or RADECSYS) in the header or metadata: ICRS (default), FK5 or FK4.
+        Columns RA and DEC in any capitals, or under another usual name; in degrees unless they have a unit. Else an
+        only column of SkyCoord. RADESYS (or RADECSYS) in the header or metadata: ICRS (default), FK5 or FK4.
 
     Returns
     -------
@@ -240,6 +254,36 @@ def prepare_output(directory: str | os.PathLike, overwrite: bool = False) -> Pat
     return directory
 
 
+@contextlib.contextmanager
+def output_folder(directory: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yield the folder from `prepare_output`; remove it again, with those above it, if it was made for nothing."""
+    new = [path for path in (Path(directory), *Path(directory).parents) if not path.exists()]
+    try:
+        yield prepare_output(directory, overwrite)
+    finally:
+        # The folder first; what isn't empty, and so all above it, stays.
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
+def _observation_names(hdus, path) -> list[str]:
+    """Return the names of the observations in a file, each of which must have one HDU of a kind."""
+    names: dict[str, list[str]] = {kind: [] for kind in ("_OBS", "_WEIGHTS", "_PSF")}
+    for name in map(extension_name, hdus):
+        for kind, having in names.items():
+            if name.upper().endswith(kind):
+                having.append(name[: -len(kind)])
+    found = names["_OBS"]
+    for kind, having in names.items():
+        known = [name.upper() for name in having]
+        if twice := sorted({name for name in having if known.count(name.upper()) > 1}):
+            raise ValueError(f"{path}: expected one HDU {twice[0]}{kind}; found HDUs {extension_names(hdus)}.")
+        if without := [name for name in having if name.upper() not in (other.upper() for other in found)]:
+            raise ValueError(f"{path}: expected an image HDU {without[0]}_OBS; found HDUs {extension_names(hdus)}.")
+    return found
+
+
 def _read_observation(hdus, name: str, zeropoint) -> Observation:
     """Return one observation."""
     image, weights, psf = (find_image(hdus, f"{name}_{kind}") for kind in ("OBS", "WEIGHTS", "PSF"))
@@ -276,10 +320,9 @@ def _wcs(header, shape) -> WCS | None:
     """Return the WCS of the image planes; None if the header has none."""
     if not str(header.get("CTYPE1", "")).strip():
         return None
-    # The first two axes alone: astropy takes distortions of two-dimensional headers only.
-    wcs = WCS(header, naxis=2)
+    wcs = as_wcs(header)
     wcs.array_shape = shape[-2:]
-    return as_wcs(wcs)
+    return wcs
 
 
 def _channels(hdus, header, name: str, count: int) -> Sequence[Channel]:
@@ -347,33 +390,21 @@ def _unit(header) -> u.UnitBase | None:
     """Return the unit of the data if it is a flux density (per pixel)."""
     text = str(header.get("BUNIT", "")).strip()
     unit = u.Unit(text, parse_strict="silent") if text else None
-    if unit is None or isinstance(unit, u.UnrecognizedUnit):
-        return None
-    return next((each for each in (unit, unit * u.pix) if each.is_equivalent(u.nJy)), None)
+    return unit if unit is not None and units.is_flux_density(unit) else None
 
 
 def _positions(table: Table, what: str) -> SkyCoord:
     """Return the positions of all rows of a catalogue."""
     columns = {column.lower(): column for column in reversed(table.colnames)}
-    angles = []
-    for axis, names in {"RA": _RA_NAMES, "DEC": _DEC_NAMES}.items():
-        column = next((columns[name] for name in names if name in columns), None)
-        if column is None:
-            raise ValueError(f"{what} needs columns RA and DEC (deg); no {axis} among {table.colnames}.")
-        try:
-            values = u.Quantity(
-                np.ma.filled(np.ma.asarray(table[column], dtype=float), np.nan), table[column].unit or u.deg
-            )
-            angles.append(values.to_value(u.deg))
-        except (ValueError, TypeError, u.UnitConversionError) as exc:
-            raise ValueError(f"{what} needs angles as numbers in column {column}; {exc}") from exc
-    bad = np.nonzero(~np.isfinite(angles).all(axis=0) | (np.abs(angles[1]) > 90))[0]
-    if len(bad):
-        rows = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-        raise ValueError(
-            f"{what} needs finite positions with DEC in [-90, 90] deg; {len(bad)} of {len(table)} rows have "
-            f"none: {rows} (counted from 0)."
-        )
+    pair = next((pair for pair in _POSITION_NAMES if columns.keys() >= set(pair)), None)
+    coordinates = [table[column] for column in table.colnames if isinstance(table[column], SkyCoord)]
+    if pair is None and len(coordinates) == 1:
+        _check_angles([coordinates[0].icrs.ra.deg, coordinates[0].icrs.dec.deg], what)
+        return coordinates[0]
+    if pair is None:
+        raise ValueError(f"{what} needs columns RA and DEC (deg); found {table.colnames}.")
+    angles = [_degrees(table[columns[name]], what) for name in pair]
+    _check_angles(angles, what)
     meta = {str(key).upper(): value for key, value in table.meta.items()}
     system = str(meta.get("RADESYS", meta.get("RADECSYS", "ICRS"))).strip().upper()
     if system not in ("ICRS", "FK5", "FK4"):
@@ -382,6 +413,26 @@ def _positions(table: Table, what: str) -> SkyCoord:
     if system != "ICRS" and meta.get("EQUINOX") is not None:
         options["equinox"] = f"{'J' if system == 'FK5' else 'B'}{float(meta['EQUINOX'])}"
     return SkyCoord(*angles, unit="deg", frame=system.lower(), **options)
+
+
+def _check_angles(angles, what: str):
+    """Raise ValueError unless all right ascensions and declinations (deg) make sense."""
+    bad = np.nonzero(~np.isfinite(angles).all(axis=0) | (np.abs(angles[1]) > 90))[0]
+    if len(bad):
+        rows = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+        raise ValueError(
+            f"{what} needs finite positions with DEC in [-90, 90] deg; {len(bad)} of {len(angles[0])} rows have "
+            f"none: {rows} (counted from 0)."
+        )
+
+
+def _degrees(column, what: str) -> np.ndarray:
+    """Return a column of angles in degrees; NaN where they are missing."""
+    try:
+        values = np.ma.filled(np.ma.asarray(column, dtype=float), np.nan)
+        return u.Quantity(values, column.unit or u.deg).to_value(u.deg)
+    except (ValueError, TypeError, u.UnitConversionError) as exc:
+        raise ValueError(f"{what} needs angles as numbers in column {column.name}; {exc}") from exc
 
 
 def _image_hdu(name: str, image: np.ndarray, wcs, channels, unit: str) -> fits.ImageHDU:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import astropy
@@ -15,7 +16,7 @@ from astropy.table import QTable
 from scenefit.app import io, plot
 from scenefit.app.config import Settings
 from scenefit.app.serialization import atomic_path, package_version, save
-from scenefit.infer.fit import FitResult, fit
+from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.model.parameters import Parameters
 from scenefit.sky.frame import Frame
 from scenefit.survey.catalog import catalog, channel_label, offset_errors
@@ -30,7 +31,9 @@ FILES = ("catalog.ecsv", "model.asdf", "images.fits", "scene.png", "summary.json
 """What a run writes."""
 
 
-def run(settings: Settings, directory: Path, *, progress: bool = True) -> tuple[FitResult, list[Path]]:
+def run(
+    settings: Settings, directory: Path, *, progress: bool = True, report: Callable[[str], None] | None = None
+) -> tuple[FitResult, list[Path]]:
     """Fit the images of a file and write catalogue, model, images, picture and summary.
 
     Parameters
@@ -40,6 +43,8 @@ def run(settings: Settings, directory: Path, *, progress: bool = True) -> tuple[
         From `io.prepare_output`.
     progress : bool
         Whether to show a progress bar.
+    report : callable, optional
+        Called with a message if the fit is interrupted (Ctrl-C): its best state is then measured and written.
 
     Returns
     -------
@@ -54,6 +59,10 @@ def run(settings: Settings, directory: Path, *, progress: bool = True) -> tuple[
     """
     clock = _Clock()
     observations = io.read_observations(settings.input, zeropoints=dict(settings.zeropoints) or None)
+    names = [obs.name for obs in observations]
+    for setting in ("free_shift", "free_background"):
+        if unknown := [name for name in getattr(settings, setting) if name not in names]:
+            raise ValueError(f"{setting}: no observation is named {', '.join(map(repr, unknown))}; there are {names}.")
     positions = io.catalog_in(settings.input) if settings.catalog is None else io.read_catalog(settings.catalog)
     if positions is None:
         raise ValueError(
@@ -70,6 +79,8 @@ def run(settings: Settings, directory: Path, *, progress: bool = True) -> tuple[
     clock.lap("initialize")
     result = fit(scene, observations, parameters, progress=progress, rtol=settings.rtol, max_steps=settings.max_steps)
     clock.lap("fit")
+    if result.status is Status.INTERRUPTED and report is not None:
+        report("Interrupted: the best state so far is measured and saved. Ctrl-C once more ends without.")
     table, errors = catalog(result), offset_errors(result)
     clock.lap("measure")
     written = write_results(directory, result, table)
@@ -79,7 +90,9 @@ def run(settings: Settings, directory: Path, *, progress: bool = True) -> tuple[
 
 
 def write_results(directory: Path, result: FitResult, table: QTable) -> list[Path]:
-    """Write catalogue, model, images and picture; return their paths."""
+    """Write catalogue, model, images and picture in place of those of an earlier run; return their paths."""
+    for name in FILES:
+        (directory / name).unlink(missing_ok=True)
     paths = [directory / name for name in FILES[:4]]
     with atomic_path(paths[0]) as temporary:
         table.write(temporary, format="ascii.ecsv")

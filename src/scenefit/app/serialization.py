@@ -31,7 +31,6 @@ from numpyro.distributions.util import lazy_property
 
 from scenefit.arrays import box
 from scenefit.data import noise, observation
-from scenefit.data.renderer import Renderer
 from scenefit.infer import fit
 from scenefit.model import morphology, parameters, scene, source, spectrum
 from scenefit.sky import frame, psf
@@ -40,6 +39,8 @@ SCHEMA_VERSION = 1
 """Version of the layout of saved files; `MIGRATIONS` has an entry for every older one."""
 MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 """By schema version: what turns the content of a file of that version into that of the next one."""
+MATCHED = ("renderer", "frame")
+"""Attributes of an observation that `match` makes anew."""
 INLINE_SIZE = 16
 """Arrays of up to this many numbers stand as text among the rest, larger ones as binary blocks."""
 _MODULES = (box, psf, frame, noise, observation, spectrum, morphology, source, scene, parameters, fit)
@@ -165,7 +166,7 @@ def _read_content(path: Path) -> dict:
 
 def to_tree(value):
     """Return a value as dicts with a "type", lists, arrays, numbers and strings."""
-    if value is None or isinstance(value, Renderer):
+    if value is None:
         return None
     if isinstance(value, enum.Enum):
         if ENUMS.get(type(value).__name__) is not type(value):
@@ -189,7 +190,9 @@ def to_tree(value):
         return _distribution_to_tree(value)
     name = type(value).__name__
     if CLASSES.get(name) is type(value):
-        return {"type": name, **{f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+        left_out = MATCHED if isinstance(value, observation.Observation) else ()
+        names = [f.name for f in dataclasses.fields(value) if f.name not in left_out]
+        return {"type": name, **{name: to_tree(getattr(value, name)) for name in names}}
     raise TypeError(f"Only objects of scenefit and numpyro's distributions can be saved; got a {type(value)}.")
 
 

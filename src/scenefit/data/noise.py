@@ -29,7 +29,11 @@ class AbstractNoise(eqx.Module):
 
     @abstractmethod
     def log_normalization(self) -> float:
-        """Return the log-likelihood of a zero residual: minus half the log-determinant of 2 pi times the covariance."""
+        """Return the log-likelihood of a zero residual: minus half the log-determinant of 2 pi times the covariance.
+
+        It counts the pixels with information alone, and is summed on the host in float64, so that weights of any unit pass:
+        the noise must not be traced by JAX. `whiten` and `chi_square` may be.
+        """
 
     @abstractmethod
     def sample(self, key: Array) -> Float[Array, "channel y x"]:
@@ -48,7 +52,10 @@ class AbstractNoise(eqx.Module):
         return jnp.sum(self.whiten(residual) ** 2, axis=(1, 2))
 
     def log_likelihood(self, residual: Float[Array, "channel y x"]) -> Float[Array, ""]:
-        """Return the log-density of the residual, normalised over the valid pixels."""
+        """Return the log-density of the residual, normalised over the valid pixels.
+
+        The residual may be traced by JAX, the noise not (see `log_normalization`).
+        """
         return self.log_normalization() - 0.5 * jnp.sum(self.chi_square(residual))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
+import astropy.units as u
 import equinox as eqx
 import numpy as np
 
@@ -11,7 +13,7 @@ from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.data.noise import AbstractNoise, WhiteNoise
 from scenefit.data.renderer import Renderer, transform_model
 from scenefit.sky import units
-from scenefit.sky.frame import Channel, Frame, as_wcs, check_channels
+from scenefit.sky.frame import Channel, Frame, as_wcs, check_channels, is_same_frame
 from scenefit.sky.psf import AbstractPSF, as_psf
 
 
@@ -28,7 +30,7 @@ class Astrometry(eqx.Module):
     shift: np.ndarray
 
     def __init__(self, shift=(0.0, 0.0)):
-        shift = units.to_arcsec(shift)
+        shift = units.to_arcsec(shift, "The shift (east, north)")
         if shift.shape != (2,) or not np.isfinite(shift).all():
             raise ValueError(f"Astrometry wants a finite shift (east, north) in arcsec; got {shift}.")
         self.shift = shift
@@ -39,29 +41,29 @@ class Observation(eqx.Module):
 
     Parameters
     ----------
-    data : array, shape (channel, y, x) or (y, x)
-        Flux per pixel, any number type and byte order. NaN means no information.
-    weights, variance, sigma : array or float
+    data : array or Quantity, shape (channel, y, x) or (y, x)
+        Flux per pixel, any number type and byte order. NaN means no information, as does what a masked array masks.
+    weights, variance, sigma : array, float or Quantity
         Inverse variance, variance or standard deviation per pixel: exactly one of them, unless `noise` is given.
         Any shape that broadcasts to `data`, or one number per channel. Weight 0 and infinite variance or sigma mean
-        no information.
+        no information. Plain numbers are in the unit of the data.
     psf : AbstractPSF or array
         One for all channels or one per channel, at most as large as the image.
     wcs : WCS or FITS header, optional
         In any dialect; only the celestial part is used.
     channels : sequence of str or (band, epoch)
-        Distinct names, one per plane.
+        Distinct names, one per plane. A name stands for the same light in every observation that has it.
     name : str
-        Name in tables, paths and files.
+        Name in tables, paths and files; without "." and "*".
     zeropoint : float or array, shape (channel,), optional
         AB magnitude of one data unit: fluxes are then in nJy.
     unit : str or astropy unit, optional
-        Flux unit of the data, instead of `zeropoint`.
+        Flux unit of the data, instead of `zeropoint`. Data with a unit of flux density need neither.
     mask : array of bool, shape (y, x) or that of data, optional
         True where a pixel must not be used.
-    background : float or array, shape (channel,), optional
+    background : float, array of shape (channel,) or Quantity, optional
         Flux per pixel, in data units, that the model adds to every pixel; 0 by default. Can be fitted.
-    astrometry : Astrometry, optional
+    astrometry : Astrometry, or its shift, optional
         Known offset of the image; can be fitted.
     noise : AbstractNoise, optional
         Instead of weights, in data units.
@@ -75,12 +77,18 @@ class Observation(eqx.Module):
         "nJy", or "data units".
     nanojansky : array, shape (channel,)
         What `data` and `noise` were multiplied with.
+    renderer : Renderer or None
+        How model images get onto the observation's pixels, once it is matched to a frame.
+    frame : Frame or None
+        That frame.
 
     Raises
     ------
     ValueError
-        For shapes that don't match, negative or NaN weights, no valid pixel at all, a bad PSF or channel names
-        that repeat.
+        For shapes that don't match, negative or NaN weights, no valid pixel at all, a bad PSF, units that don't convert or
+        channel names that repeat.
+    TypeError
+        For things that aren't numbers, a WCS, a PSF or names.
     """
 
     data: np.ndarray
@@ -90,6 +98,7 @@ class Observation(eqx.Module):
     astrometry: Astrometry
     nanojansky: np.ndarray
     renderer: Renderer | None
+    frame: Frame | None
     wcs: object = eqx.field(static=True)
     channels: tuple[Channel, ...] = eqx.field(static=True)
     name: str = eqx.field(static=True)
@@ -110,40 +119,37 @@ class Observation(eqx.Module):
         unit=None,
         mask=None,
         background=None,
-        astrometry: Astrometry | None = None,
+        astrometry=None,
         noise: AbstractNoise | None = None,
     ):
-        data = _as_planes(data, name)
-        self.name = name
-        self.channels = check_channels(channels)
-        if len(self.channels) != len(data):
-            raise ValueError(
-                f"{name}: data of shape {data.shape} has {len(data)} channel(s), but {len(self.channels)} channel "
-                f"name(s) were given: {list(self.channels)}."
-            )
-        self.psf = _check_psf(as_psf(psf), data.shape, name)
-        self.wcs = as_wcs(wcs)
-        if noise is None:
-            noise = WhiteNoise(_as_weights(data.shape, name, weights=weights, variance=variance, sigma=sigma))
-        elif any(value is not None for value in (weights, variance, sigma)):
-            raise ValueError(f"{name}: give either noise= or one of weights=, variance=, sigma=, not both.")
-        usable = np.isfinite(data)
-        if mask is not None:
-            usable &= ~_as_mask(mask, data.shape, name)
-        if noise.valid.shape != data.shape:
-            raise ValueError(f"{name}: the noise has shape {noise.valid.shape}, the data {data.shape}.")
-        noise = noise.restricted(usable, (slice(None), slice(None)))
-        if not noise.valid.any():
-            raise ValueError(f"{name}: no pixel has a positive weight, finite data and isn't masked; nothing to fit.")
-        factor = units.nanojansky_per_unit(zeropoint, unit)
-        self.flux_unit = "data units" if factor is None else "nJy"
-        self.nanojansky = _per_channel(1.0 if factor is None else factor, len(data), "zeropoint", name)
-        self.data = np.where(noise.valid, data, 0.0) * self.nanojansky[:, None, None]
-        self.noise = noise.scaled(1 / self.nanojansky)
-        self.background = _per_channel(0.0 if background is None else background, len(data), "background", name)
-        self.background = self.background * self.nanojansky
-        self.astrometry = Astrometry() if astrometry is None else astrometry
-        self.renderer = None
+        self.name = _check_name(name)
+        with _naming(name):
+            data, data_unit, factor = _without_unit(data, zeropoint, unit)
+            data = _as_planes(data)
+            self.channels = check_channels(channels)
+            if len(self.channels) != len(data):
+                raise ValueError(
+                    f"data of shape {data.shape} has {len(data)} channel(s), but {len(self.channels)} channel name(s) "
+                    f"were given: {list(self.channels)}."
+                )
+            self.psf = _check_psf(as_psf(psf), data.shape)
+            self.wcs = as_wcs(wcs)
+            noise = _as_noise(noise, data.shape, data_unit, weights=weights, variance=variance, sigma=sigma)
+            usable = np.isfinite(data)
+            if mask is not None:
+                usable &= ~_as_mask(mask, data.shape)
+            noise = noise.restricted(usable, (slice(None), slice(None)))
+            if not noise.valid.any():
+                raise ValueError("no pixel has a positive weight, finite data and isn't masked; nothing to fit.")
+            self.flux_unit = "data units" if factor is None else "nJy"
+            self.nanojansky = _per_channel(1.0 if factor is None else factor, len(data), "zeropoint")
+            self.data = np.where(noise.valid, data, 0.0) * self.nanojansky[:, None, None]
+            self.noise = noise.scaled(1 / self.nanojansky)
+            background = 0.0 if background is None else units.to_unit(background, data_unit, "background")
+            self.background = _per_channel(background, len(data), "background") * self.nanojansky
+            given = () if astrometry is None else (astrometry,)
+            self.astrometry = astrometry if isinstance(astrometry, Astrometry) else Astrometry(*given)
+        self.renderer, self.frame = None, None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -159,10 +165,14 @@ class Observation(eqx.Module):
 
     def match(self, frame: Frame) -> Observation:
         """Return the observation with its `renderer` from that frame."""
+        if not isinstance(frame, Frame):
+            raise TypeError(f"{self.name}: match() wants a Frame; got a {type(frame).__name__}.")
+        if self.renderer is not None and self.frame is not None and is_same_frame(self.frame, frame):
+            return self
         renderer = Renderer.match(
             frame, psf=self.psf, wcs=self.wcs, shape=self.data.shape[-2:], channels=self.channels, name=self.name
         )
-        return eqx.tree_at(lambda o: o.renderer, self, renderer, is_leaf=lambda leaf: leaf is None)
+        return eqx.tree_at(lambda o: (o.renderer, o.frame), self, (renderer, frame), is_leaf=lambda leaf: leaf is None)
 
     def with_shift(self, shift) -> Observation:
         """Return the observation with another astrometric shift (east, north), in arcsec or a Quantity."""
@@ -170,9 +180,10 @@ class Observation(eqx.Module):
 
     def with_background(self, background) -> Observation:
         """Return the observation with another background per channel, in the units of `data`."""
-        return eqx.tree_at(
-            lambda o: o.background, self, _per_channel(background, len(self.data), "background", self.name)
-        )
+        unit = u.nJy if self.flux_unit == "nJy" else u.dimensionless_unscaled
+        with _naming(self.name):
+            background = _per_channel(units.to_unit(background, unit, "background"), len(self.data), "background")
+        return eqx.tree_at(lambda o: o.background, self, background)
 
     def render(self, scene) -> np.ndarray:
         """Predict the data of a scene, background included.
@@ -180,7 +191,7 @@ class Observation(eqx.Module):
         Parameters
         ----------
         scene : Scene, or array of shape (model channel, y, x) if the observation is matched
-            The model, or its image on the frame.
+            The model, or its image on that frame.
 
         Returns
         -------
@@ -188,8 +199,7 @@ class Observation(eqx.Module):
             In the units of `data`; background alone outside the frame.
         """
         if hasattr(scene, "evaluate"):
-            matched = self if self.renderer is not None else self.match(scene.frame)
-            return matched._render_model(scene.evaluate())
+            return self.match(scene.frame)._render_model(scene.evaluate())
         return self._render_model(scene)
 
     def _render_model(self, model):
@@ -197,6 +207,11 @@ class Observation(eqx.Module):
         renderer = self.matched_renderer
         # The model is brought to order one: fluxes of any unit then pass through float32.
         model = np.asarray(model, dtype=float)
+        if self.frame is not None and model.shape != self.frame.shape:
+            raise ValueError(
+                f"{self.name}: a model image wants the shape (channel, y, x) = {self.frame.shape} of the frame that the "
+                f"observation is matched to; got {model.shape}."
+            )
         scale = float(np.abs(model).max()) or 1.0
         shift = as_floats(self.astrometry.shift)
         window = np.asarray(_render_window(renderer, as_floats(model / scale), shift), dtype=float)
@@ -225,66 +240,112 @@ def _render_window(renderer: Renderer, model, shift):
     return renderer(transform_model(model, renderer.fft_shape), shift)
 
 
-def _as_planes(data, name) -> np.ndarray:
-    """Return the data as (channel, y, x) in native floats."""
-    data = np.asarray(data)
+@contextlib.contextmanager
+def _naming(name: str):
+    """Put the name of the observation in front of messages."""
+    try:
+        yield
+    except TypeError as exc:
+        raise TypeError(f"{name}: {exc}") from exc
+    except ValueError as exc:
+        raise ValueError(f"{name}: {exc}") from exc
+
+
+def _check_name(name) -> str:
+    """Return the name if paths can hold it."""
+    if not isinstance(name, str) or not name or "." in name or "*" in name:
+        raise ValueError(f"Observation names are strings without '.' and '*'; got {name!r}.")
+    return str(name)
+
+
+def _without_unit(data, zeropoint, unit):
+    """Return the data as plain numbers, their unit, and what makes nJy of them (None: they aren't calibrated)."""
+    factor = units.nanojansky_per_unit(zeropoint, unit)
+    if not isinstance(data, u.Quantity):
+        return data, u.dimensionless_unscaled if unit is None else u.Unit(unit), factor
+    if unit is not None:
+        return units.to_unit(data, unit, "data"), u.Unit(unit), factor
+    if factor is None and units.is_flux_density(data.unit):
+        factor = units.nanojansky_per_unit(unit=data.unit)
+    return data.value, data.unit, factor
+
+
+def _as_planes(data) -> np.ndarray:
+    """Return the data as (channel, y, x) in native floats; NaN where they are masked."""
+    data = np.ma.asanyarray(data)
     if data.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: data must be real numbers; got an array of type {data.dtype}.")
+        raise TypeError(f"data must be real numbers; got an array of type {data.dtype}.")
     if data.ndim == 2:
         data = data[None]
     if data.ndim != 3 or 0 in data.shape:
-        raise ValueError(
-            f"{name}: data wants shape (y, x) or (channel, y, x) with at least one pixel; got {data.shape}."
-        )
-    return data.astype(float)
+        raise ValueError(f"data wants shape (y, x) or (channel, y, x) with at least one pixel; got {data.shape}.")
+    return data.astype(float).filled(np.nan)
 
 
-def _as_weights(shape, name, **given) -> np.ndarray:
+def _as_noise(noise, shape, unit, **given) -> AbstractNoise:
+    """Return the noise, made from weights, variance or sigma if need be."""
+    given = {kind: value for kind, value in given.items() if value is not None}
+    if noise is None:
+        return WhiteNoise(_as_weights(shape, unit, given))
+    if given:
+        raise ValueError("give either noise= or one of weights=, variance=, sigma=, not both.")
+    if not isinstance(noise, AbstractNoise):
+        raise TypeError(f"noise= wants a noise model such as WhiteNoise; got {noise!r}. Use sigma= for numbers.")
+    if noise.valid.shape != shape:
+        raise ValueError(f"the noise has shape {noise.valid.shape}, the data {shape}.")
+    return noise
+
+
+_POWERS = {"weights": -2, "variance": 2, "sigma": 1}
+"""Powers of the unit of the data."""
+
+
+def _as_weights(shape, unit, given) -> np.ndarray:
     """Return inverse variances of the shape of the data from weights, variance or sigma."""
-    given = {kind: np.asarray(value, dtype=float) for kind, value in given.items() if value is not None}
     if len(given) != 1:
-        raise ValueError(
-            f"{name}: give exactly one of weights=, variance=, sigma= (or noise=); got {sorted(given) or None}."
-        )
+        raise ValueError(f"give exactly one of weights=, variance=, sigma= (or noise=); got {sorted(given) or None}.")
     ((kind, value),) = given.items()
+    if np.ma.is_masked(value):
+        value = np.ma.filled(np.ma.asanyarray(value).astype(float), 0.0 if kind == "weights" else np.inf)
+    value = units.to_unit(value, unit ** _POWERS[kind], kind)
     if value.ndim == 1 and len(value) == shape[0]:
         value = value[:, None, None]
     try:
         value = np.broadcast_to(value, shape)
     except ValueError as exc:
-        raise ValueError(f"{name}: {kind} of shape {value.shape} doesn't match data of shape {shape}.") from exc
+        raise ValueError(f"{kind} of shape {value.shape} doesn't match data of shape {shape}.") from exc
     if kind == "weights":
         return value
     if np.isnan(value).any() or (value <= 0).any():
-        raise ValueError(f"{name}: {kind} must be positive (infinite for pixels without information); got NaN or <= 0.")
+        raise ValueError(f"{kind} must be positive (infinite for pixels without information); got NaN or <= 0.")
     return 1 / (value if kind == "variance" else value**2)
 
 
-def _as_mask(mask, shape, name) -> np.ndarray:
+def _as_mask(mask, shape) -> np.ndarray:
     """Return the mask as booleans of the shape of the data."""
     mask = np.asarray(mask)
     if mask.shape not in (shape, shape[1:]):
-        raise ValueError(f"{name}: mask of shape {mask.shape} doesn't match data of shape {shape}.")
+        raise ValueError(f"mask of shape {mask.shape} doesn't match data of shape {shape}.")
     if mask.dtype.kind not in "biu":
-        raise TypeError(f"{name}: mask must be boolean or integer (True or non-zero: bad); got type {mask.dtype}.")
+        raise TypeError(f"mask must be boolean or integer (True or non-zero: bad); got type {mask.dtype}.")
     return np.broadcast_to(mask.astype(bool), shape)
 
 
-def _per_channel(value, count, what, name) -> np.ndarray:
+def _per_channel(value, count, what) -> np.ndarray:
     """Return a number or one per channel as an array of one per channel."""
     value = np.asarray(value, dtype=float)
     if value.shape not in ((), (1,), (count,)) or not np.isfinite(value).all():
-        raise ValueError(f"{name}: {what} wants one finite number or one per channel ({count}); got {value}.")
+        raise ValueError(f"{what} wants one finite number or one per channel ({count}); got {value}.")
     return np.broadcast_to(value, (count,)).copy()
 
 
-def _check_psf(psf, shape, name) -> AbstractPSF:
+def _check_psf(psf, shape) -> AbstractPSF:
     """Return the PSF if it fits data of that shape."""
     if psf.num_channels not in (1, shape[0]):
-        raise ValueError(f"{name}: the PSF has {psf.num_channels} channels, the data {shape[0]}.")
+        raise ValueError(f"the PSF has {psf.num_channels} channels, the data {shape[0]}.")
     if psf.size > min(shape[1:]):
         raise ValueError(
-            f"{name}: the PSF image spans {psf.size:g} pixels, more than the data of {shape[1]} x {shape[2]} pixels; "
-            "cut it to the part that matters."
+            f"the PSF image spans {psf.size:g} pixels, more than the data of {shape[1]} x {shape[2]} pixels; cut it to the "
+            "part that matters."
         )
     return psf

@@ -99,6 +99,8 @@ class NonuniformSampling(AbstractSampling):
 class Renderer(eqx.Module):
     """The chain from a model image to one observation's pixels; made by `Renderer.match`.
 
+    `window`, from `origin`, is the part of the observation that is rendered. Its shape follows from scale and rotation, not
+    from where the frame lies, so it may hold pixels beside the frame; `inside` says which of its pixels are on it.
     `norm` is the largest eigenvalue of rendering followed by its transpose, per channel, for a wide image without
     aliasing: the squared gain of the transfer function times the observed pixel's area in model pixels.
 
@@ -115,7 +117,7 @@ class Renderer(eqx.Module):
     norm: Float[Array, " channel"]
     sky_jacobian: Float[Array, "2 2"]
     sampling: AbstractSampling
-    window: Box
+    origin: np.ndarray
     inside: np.ndarray
     fft_shape: tuple[int, int] = eqx.field(static=True)
 
@@ -153,8 +155,7 @@ class Renderer(eqx.Module):
         inside: np.ndarray = np.all(np.abs(position - middle) < np.array([height, width]) / 2 + 1e-6, axis=-1)
         if not inside.any():
             raise ValueError(f"No pixel of {name} lies on the model frame of {height} x {width} pixels.")
-        rows, columns = np.nonzero(inside.any(axis=1))[0], np.nonzero(inside.any(axis=0))[0]
-        window = Box.from_bounds((int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1))
+        window = _window(inside, affine, frame.box.shape)
         if not is_affine:
             middle = [o + (n - 1) / 2 for o, n in zip(window.origin, window.shape, strict=True)]
             affine = _local_affine(frame, wcs, middle)
@@ -183,10 +184,15 @@ class Renderer(eqx.Module):
             norm=as_floats(norm),
             sky_jacobian=as_floats(frame.sky_jacobian()),
             sampling=sampling,
-            window=window,
+            origin=np.array(window.origin, np.int32),
             inside=inside,
             fft_shape=frame.fft_shape,
         )
+
+    @property
+    def window(self) -> Box:
+        """The part of the observation that is rendered."""
+        return Box(self.inside.shape, (int(self.origin[0]), int(self.origin[1])))
 
     def __call__(
         self, model_spectrum: Complex[Array, "model_channel k l"], shift: Float[Array, " 2"]
@@ -263,6 +269,19 @@ def _local_affine(frame, wcs, middle):
     steps = np.array([[0.5, 0], [-0.5, 0], [0, 0.5], [0, -0.5]])
     ends = pixel_map(wcs, frame.wcs, middle[0] + steps[:, 0], middle[1] + steps[:, 1])
     return np.stack([ends[0] - ends[1], ends[2] - ends[3]], axis=-1)
+
+
+def _window(inside, affine, frame_shape) -> Box:
+    """Return the box of the pixels inside the frame, of a shape that follows from scale and rotation alone."""
+    # An interval of length L holds at most floor(L) + 1 integers; 1e-3: rounding of L must not matter.
+    lengths = np.abs(np.linalg.inv(affine)) @ np.array(frame_shape)
+    bounds = []
+    for axis, length in enumerate(lengths):
+        (used,) = np.nonzero(inside.any(axis=1 - axis))
+        size = min(max(int(length + 1e-3) + 1, used[-1] - used[0] + 1), inside.shape[axis])
+        first = min(used[0], inside.shape[axis] - size)
+        bounds.append((int(first), int(first + size)))
+    return Box.from_bounds(*bounds)
 
 
 def _pixel_areas(position):

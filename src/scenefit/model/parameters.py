@@ -8,7 +8,7 @@ names and match a whole branch: `sources.*.morphology`, `observations.HSC`.
 from __future__ import annotations
 
 import difflib
-import fnmatch
+import re
 from collections.abc import Mapping
 
 import astropy.units as u
@@ -19,6 +19,8 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ParameterFreeTransform, biject_to
+
+from scenefit.sky import units
 
 
 class _UnitDisk(constraints.ParameterFreeConstraint):
@@ -124,9 +126,11 @@ class Parameters(eqx.Module):
         return cls(table, scene.frame.pixel_scale)
 
     def __getitem__(self, path: str) -> Parameter:
-        """Return the parameter at a path (no pattern)."""
-        (name,) = self.match(path)[:1]
-        return self.table[name]
+        """Return the parameter at a path; ValueError if that names several."""
+        first, *more = self.match(path)
+        if more:
+            raise ValueError(f"{path!r} names {len(more) + 1} parameters; match() lists them.")
+        return self.table[first]
 
     def __iter__(self):
         """Iterate over the parameters."""
@@ -140,7 +144,8 @@ class Parameters(eqx.Module):
         KeyError
             If there is none, with the nearest paths.
         """
-        found = [p for p in self.table if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, f"{pattern}.*")]
+        expression = re.compile(".*".join(map(re.escape, pattern.split("*"))) + r"(\..*)?")
+        found = [path for path in self.table if expression.fullmatch(path)]
         if not found:
             near = difflib.get_close_matches(pattern, list(self.table), n=3, cutoff=0.3)
             raise KeyError(f"No parameter matches {pattern!r}. " + (f"Nearest: {', '.join(near)}." if near else ""))
@@ -160,10 +165,21 @@ class Parameters(eqx.Module):
         """Return a copy in which the parameters that match have that prior on each element (None: flat).
 
         Quantities in the distribution are converted to the unit of the parameter.
+
+        Raises
+        ------
+        KeyError
+            If no parameter matches.
+        TypeError
+            If the prior isn't a distribution of numpyro.
+        ValueError
+            If its unit or shape doesn't fit a parameter.
         """
+        if not isinstance(prior, dist.Distribution | None):
+            raise TypeError(f"A prior is a distribution from numpyro.distributions, or None; got {prior!r}.")
         table = dict(self.table)
         for path in self.match(pattern):
-            table[path] = table[path].replace(prior=self._without_units(prior, table[path]))
+            table[path] = table[path].replace(prior=self._fitting(prior, table[path]))
         return Parameters(table, self.pixel_scale)
 
     def constrain(self, pattern: str, constraint: constraints.Constraint) -> Parameters:
@@ -218,20 +234,37 @@ class Parameters(eqx.Module):
             table[path] = table[path].replace(**changes)
         return Parameters(table, self.pixel_scale)
 
-    def _without_units(self, prior, parameter):
-        """Return the distribution with Quantities as plain numbers in the parameter's unit."""
+    def _fitting(self, prior, parameter):
+        """Return the distribution with Quantities as plain numbers in the parameter's unit, if it has the right shape."""
 
         def convert(leaf):
             if not isinstance(leaf, u.Quantity):
                 return leaf
             if parameter.unit == "pixel" and leaf.unit.physical_type == "angle":
+                if not np.isfinite(self.pixel_scale):
+                    raise ValueError(f"There is no WCS: the prior of {parameter.path} must be in pixels, not {leaf}.")
                 return leaf.to_value(u.arcsec) / self.pixel_scale
             target = {"arcsec": u.arcsec, "pixel": u.pix, "flux": u.nJy, "flux/pixel": u.nJy}.get(parameter.unit)
             if target is None:
                 raise ValueError(f"{parameter.path!r} has no unit; its prior must be plain numbers, not {leaf}.")
-            return leaf.to_value(target)
+            return units.to_unit(leaf, target, f"The prior of {parameter.path}")
 
-        return jax.tree.map(convert, prior, is_leaf=lambda leaf: isinstance(leaf, u.Quantity))
+        if prior is None:
+            return None
+        prior = jax.tree.map(convert, prior, is_leaf=lambda leaf: isinstance(leaf, u.Quantity))
+        if not _broadcasts(prior.shape(), parameter.shape):
+            raise ValueError(
+                f"The prior of {parameter.path} must have a shape that broadcasts to {parameter.shape}; got {prior.shape()}."
+            )
+        return prior
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Return whether an array of `shape` can be broadcast to `target`."""
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
 
 
 ENVELOPE_SCATTER = 2.0

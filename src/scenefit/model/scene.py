@@ -10,7 +10,7 @@ import numpy as np
 from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.model.packing import Stack, evaluate_stacks, model_psf_sigma, pack
-from scenefit.model.source import AbstractSource, Source
+from scenefit.model.source import AbstractSource, Source, check_sources
 from scenefit.sky.frame import Frame
 
 
@@ -21,20 +21,27 @@ class Scene(eqx.Module):
     ----------
     frame : Frame
     sources : mapping of name to source, or sequence of sources
-        A sequence is named "0", "1", ... Names must not contain a dot.
+        A sequence is named "0", "1", ... Names must not contain a dot or a star. Centers given as SkyCoord are
+        turned into positions on the frame.
+
+    Raises
+    ------
+    ValueError
+        If a name isn't one that paths can hold, or a center is a SkyCoord and the frame has no WCS.
+    TypeError
+        If a source or the frame isn't one.
     """
 
     frame: Frame
     sources: dict[str, AbstractSource]
 
     def __init__(self, frame: Frame, sources: Mapping[str, AbstractSource] | Sequence[AbstractSource]):
+        if not isinstance(frame, Frame):
+            raise TypeError(f"A Scene lies on a Frame; got a {type(frame).__name__}.")
         self.frame = frame
-        if not isinstance(sources, Mapping):
+        if isinstance(sources, Sequence):
             sources = {str(n): source for n, source in enumerate(sources)}
-        wrong = [name for name in sources if not isinstance(name, str) or "." in name or "*" in name]
-        if wrong:
-            raise ValueError(f"Source names are strings without '.' and '*'; got {wrong}.")
-        self.sources = dict(sources)
+        self.sources = {name: source.placed(frame) for name, source in check_sources(sources).items()}
 
     def components(self) -> Iterator[tuple[str, Source]]:
         """Yield every component with its path, in order."""

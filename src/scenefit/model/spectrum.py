@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import astropy.units as u
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scenefit.sky import units
 from scenefit.sky.frame import Channel, check_channels
 
 
@@ -41,7 +43,7 @@ class ArraySpectrum(AbstractSpectrum):
     Parameters
     ----------
     flux : array, shape (channel,)
-        Total flux, in the unit of the observations (nJy if they have zeropoints).
+        Total flux, in the unit of the observations: nJy, to which a Quantity is converted, if they have zeropoints.
     """
 
     flux: np.ndarray | Array
@@ -102,6 +104,8 @@ class TransientSpectrum(AbstractSpectrum):
 
     def __init__(self, flux, epochs: Sequence | None = None):
         self.flux = _check_flux(flux)
+        if isinstance(epochs, str) or not isinstance(epochs, Iterable | None):
+            raise TypeError(f"TransientSpectrum wants a sequence of epochs; got {epochs!r}.")
         self.epochs = None if epochs is None else tuple(epochs)
 
     def layout(self, channels):  # noqa: D102
@@ -124,7 +128,7 @@ def _band(channel: Channel) -> str:
 
 def _check_flux(flux):
     """Return a flux array of shape (n,)."""
-    flux = flux if isinstance(flux, Array) else np.atleast_1d(np.asarray(flux, dtype=float))
+    flux = flux if isinstance(flux, Array) else np.atleast_1d(units.to_unit(flux, u.nJy, "The flux of a spectrum"))
     if flux.ndim != 1 or len(flux) == 0:
         raise ValueError(f"A spectrum wants fluxes of shape (n,), n > 0; got shape {flux.shape}.")
     return flux

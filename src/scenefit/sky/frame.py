@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import astropy.units as u
 import equinox as eqx
@@ -14,7 +15,8 @@ from astropy.wcs.utils import proj_plane_pixel_area
 
 from scenefit.arrays.box import Box
 from scenefit.arrays.fourier import fast_length
-from scenefit.sky.psf import AbstractPSF, GaussianPSF
+from scenefit.sky import units
+from scenefit.sky.psf import AbstractPSF, GaussianPSF, as_psf
 
 MODEL_PSF_SIGMA = 0.7
 """Standard deviation, in model pixels, of the PSF already in the model image: wide enough to make it band-limited."""
@@ -41,7 +43,7 @@ class Frame(eqx.Module):
         Names of the channels, each once.
     wcs : astropy.wcs.WCS or FITS header, optional
         Celestial coordinates of the pixels; without it positions are pixels only.
-    psf : AbstractPSF
+    psf : AbstractPSF or array
         PSF of the model image; a round Gaussian of 0.7 pixels unless given.
     padding : int
         Pixels beyond the frame that light must not wrap around in a convolution: half the extent of the widest
@@ -50,8 +52,8 @@ class Frame(eqx.Module):
     Raises
     ------
     ValueError
-        If the shape isn't two positive integers, a channel repeats, the WCS isn't celestial, or the PSF has more
-        than one channel.
+        If the shape isn't two positive integers, a channel repeats, the WCS isn't celestial, the PSF has more
+        than one channel, or the padding is negative.
     """
 
     box: Box
@@ -66,17 +68,19 @@ class Frame(eqx.Module):
         *,
         channels: Sequence[Channel | list],
         wcs: WCS | fits.Header | None = None,
-        psf: AbstractPSF | None = None,
+        psf: AbstractPSF | np.ndarray | None = None,
         padding: int = 32,
     ):
-        if len(shape) != 2 or min(shape) < 1:
+        if np.shape(shape) != (2,) or min(shape) < 1 or any(n != int(n) for n in shape):
             raise ValueError(f"A Frame wants shape (height, width) of at least one pixel each; got {shape}.")
         self.box = Box(shape)
         self.channels = check_channels(channels)
         self.wcs = as_wcs(wcs)
-        self.psf = GaussianPSF(MODEL_PSF_SIGMA) if psf is None else psf
+        self.psf = GaussianPSF(MODEL_PSF_SIGMA) if psf is None else as_psf(psf)
         if (count := self.psf.num_channels) != 1:
             raise ValueError(f"A Frame wants one model PSF for all channels; got one of {count} channels.")
+        if padding < 0:
+            raise ValueError(f"A Frame wants a padding of at least 0 pixels; got {padding}.")
         self.padding = int(padding)
 
     @classmethod
@@ -108,10 +112,17 @@ class Frame(eqx.Module):
         Raises
         ------
         ValueError
-            If there is no observation, some have a WCS and others don't, `coverage` is unknown, or the
-            intersection is empty.
+            If there is no observation, some have a WCS and others don't, `coverage` is unknown, the pixel scale
+            isn't positive, or the intersection is empty.
+
+        Warns
+        -----
+        UserWarning
+            If the union holds an observation that overlaps no other one.
         """
-        observations = [observations] if not isinstance(observations, Sequence) else list(observations)
+        observations = list(observations) if isinstance(observations, Iterable) else [observations]
+        if wrong := [obs for obs in observations if not hasattr(obs, "psf")]:
+            raise TypeError(f"A frame is made from Observations; got {wrong[0]!r}.")
         if not observations:
             raise ValueError("A frame wants at least one observation; got none.")
         if coverage not in ("union", "intersection"):
@@ -121,11 +132,12 @@ class Frame(eqx.Module):
             having = [obs.name for obs in observations if obs.wcs is not None]
             raise ValueError(f"Either all observations have a WCS or none; {having} have one, {without} don't.")
         channels = tuple(dict.fromkeys(channel for obs in observations for channel in obs.channels))
-        if without:
-            grid = None
-        else:
-            grid = _finest_grid(observations, pixel_scale)
+        if without and pixel_scale is not None:
+            raise ValueError("pixel_scale= needs observations with a WCS; without one, model pixels are theirs.")
+        grid = None if without else _finest_grid(observations, pixel_scale)
         boxes = [_footprint(obs, grid, outwards=coverage == "union") for obs in observations]
+        if coverage == "union":
+            _warn_of_gaps(observations, boxes)
         box = boxes[0]
         for other in boxes[1:]:
             box = box.union(other) if coverage == "union" else box.intersection(other)
@@ -186,15 +198,17 @@ class Frame(eqx.Module):
 
         Parameters
         ----------
-        position : SkyCoord or array, shape (..., 2)
+        position : SkyCoord, sequence of SkyCoord, or array, shape (..., 2)
             Sky coordinates (any frame) or pixel positions, which are passed through.
 
         Returns
         -------
         array, shape (..., 2)
         """
+        if isinstance(position, list | tuple) and any(isinstance(each, SkyCoord) for each in position):
+            position = SkyCoord(position)
         if not isinstance(position, SkyCoord):
-            position = np.asarray(position, dtype=float)
+            position = units.to_pixels(position, "A position that isn't a SkyCoord")
             if position.shape[-1:] != (2,):
                 raise ValueError(f"A position is a SkyCoord or (y, x) in pixels; got an array of {position.shape}.")
             return position
@@ -207,7 +221,7 @@ class Frame(eqx.Module):
         """Return pixel positions (y, x), shape (..., 2), as sky coordinates in the frame of the WCS."""
         if self.wcs is None:
             raise ValueError("This frame has no WCS: it knows pixel positions only.")
-        position = np.asarray(position, dtype=float)
+        position = units.to_pixels(position, "A position on the frame")
         return self.wcs.pixel_to_world(position[..., 1], position[..., 0])
 
     def sky_jacobian(self) -> np.ndarray:
@@ -224,11 +238,45 @@ class Frame(eqx.Module):
         return (ahead - behind).T
 
 
+def is_same_frame(first: Frame, second: Frame) -> bool:
+    """Return whether two frames have the same pixels, channels, PSF and padding, so that one may stand for the other.
+
+    Frames whose WCS has distortion tables count as different unless it is one WCS.
+    """
+    if first is second:
+        return True
+    one, other = first.wcs, second.wcs
+    if one is None or other is None or one is other:
+        same_grid = one is other
+    else:
+        same_grid = not (one.has_distortion or other.has_distortion) and one.wcs == other.wcs
+    names = "box", "channels", "padding"
+    return (
+        same_grid
+        and all(getattr(first, name) == getattr(second, name) for name in names)
+        and bool(eqx.tree_equal(first.psf, second.psf))
+    )
+
+
 def check_channels(channels: Sequence[Channel | list]) -> tuple[Channel, ...]:
-    """Return the channel names as a tuple; raise ValueError if there is none or one repeats."""
+    """Return the channel names as a tuple.
+
+    Raises
+    ------
+    TypeError
+        If one is neither a string nor a pair (band, epoch).
+    ValueError
+        If there is none or one repeats.
+    """
     if isinstance(channels, str):
         channels = (channels,)
+    wanted = "Channels are a sequence of names, each a string or (band, epoch), such as ['g', 'r'] or [('i', 1)]"
+    if not isinstance(channels, Iterable) or isinstance(channels, Mapping):
+        raise TypeError(f"{wanted}; got {channels!r}.")
     channels = tuple(tuple(c) if isinstance(c, list) else c for c in channels)
+    pairs = [c for c in channels if isinstance(c, tuple) and len(c) == 2 and isinstance(c[0], str)]
+    if wrong := [c for c in channels if not (isinstance(c, str) and c) and c not in pairs]:
+        raise TypeError(f"{wanted}; got {list(channels)}, of which {wrong} is neither.")
     repeated = sorted({str(c) for c in channels if channels.count(c) > 1})
     if not channels or repeated:
         advice = f", where {', '.join(repeated)} repeat(s). Epochs of one band are named (band, epoch)"
@@ -243,19 +291,31 @@ def as_wcs(wcs: WCS | fits.Header | None) -> WCS | None:
 
     Raises
     ------
+    TypeError
+        If it is neither.
     ValueError
-        If it holds no pair of celestial axes.
+        If it holds no pair of celestial axes, or makes no sense.
     """
     if wcs is None:
         return None
-    given = wcs
-    if isinstance(wcs, fits.Header):
-        # In a cube the first two axes are the sky, mostly; SIP and a 2 x 2 CD matrix are then understood.
-        plane = WCS(wcs, naxis=2)
-        given = plane if plane.has_celestial else WCS(wcs)
+    if not isinstance(wcs, WCS | fits.Header):
+        raise TypeError(f"A WCS is an astropy.wcs.WCS or a FITS header; got a {type(wcs).__name__}.")
+    try:
+        given = _read_wcs(wcs) if isinstance(wcs, fits.Header) else wcs
+        given.wcs.set()
+    except ValueError as exc:
+        reason = str(exc).strip().splitlines()[-1]
+        raise ValueError(f"The WCS can't be understood: {reason}") from exc
     if not given.has_celestial:
         raise ValueError(f"The WCS must have two celestial axes; got axis types {list(given.wcs.ctype)}.")
     return given.celestial if given.naxis != 2 else given
+
+
+def _read_wcs(header: fits.Header) -> WCS:
+    """Return the WCS of a header: of its first two axes, if they are the sky."""
+    # SIP and a 2 x 2 CD matrix are understood only in two dimensions; in a cube the first two axes are mostly the sky.
+    plane = WCS(header, naxis=2)
+    return plane if plane.has_celestial else WCS(header)
 
 
 def pixel_scale_of(wcs: WCS) -> float:
@@ -276,7 +336,10 @@ def _finest_grid(observations, pixel_scale):
     reference = min(observations, key=lambda obs: pixel_scale_of(obs.wcs))
     scale = pixel_scale_of(reference.wcs)
     if pixel_scale is not None:
-        factor = scale / float(u.Quantity(pixel_scale, u.arcsec).value)
+        wanted = units.to_arcsec(pixel_scale, "pixel_scale")
+        if wanted.shape != () or not (np.isfinite(wanted) and wanted > 0):
+            raise ValueError(f"pixel_scale must be a positive angle (a plain number: arcsec); got {pixel_scale}.")
+        factor = scale / float(wanted)
     else:
         sharpest = min(obs.psf.effective_sigma.min() * pixel_scale_of(obs.wcs) for obs in observations) / scale
         factor = float(max(1, np.ceil(MODEL_PSF_SIGMA / (MODEL_PSF_MARGIN * sharpest) - 1e-6)))
@@ -335,6 +398,18 @@ def _footprint(obs, grid, *, outwards: bool) -> Box:
     else:
         (y0, x0), (y1, x1) = np.ceil(low - EDGE_TOLERANCE), np.floor(high + EDGE_TOLERANCE) + 1
     return Box.from_bounds((int(y0), int(y1)), (int(x0), int(x1)))
+
+
+def _warn_of_gaps(observations, boxes):
+    """Warn of observations that overlap no other one."""
+    for obs, box in zip(observations, boxes, strict=True):
+        others = [other for other in boxes if other is not box]
+        if others and all(box.intersection(other).is_empty for other in others):
+            warnings.warn(
+                f"{obs.name} covers {_sky_extent(obs)} and overlaps no other observation; the model frame spans the gap. "
+                "Check the WCS if that isn't meant.",
+                stacklevel=3,
+            )
 
 
 def _sky_extent(obs) -> str:

@@ -7,11 +7,13 @@ A PSF says how the light of a point source falls on an observation's pixels, pix
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import equinox as eqx
 import numpy as np
 
 from scenefit.arrays import fourier
+from scenefit.sky import units
 
 EXTENT_TOLERANCE = 1e-4
 """Beyond its extent a PSF stays below this fraction of its peak."""
@@ -76,7 +78,7 @@ class GaussianPSF(AbstractPSF):
     Parameters
     ----------
     sigma : float or array, shape (channel,)
-        Standard deviation in pixels, positive.
+        Standard deviation in pixels, positive; a width on the sky must be divided by the pixel scale.
     integrate_pixel : bool
         Whether to convolve with a square pixel. Leave it off where `sigma` was measured on the image (it then
         holds the pixel's width already), turn it on where `sigma` describes optics and atmosphere alone.
@@ -84,14 +86,14 @@ class GaussianPSF(AbstractPSF):
     Raises
     ------
     ValueError
-        If a `sigma` is not finite and positive.
+        If a `sigma` is not finite and positive, or is an angle.
     """
 
     sigma: np.ndarray
     integrate_pixel: bool = eqx.field(static=True)
 
     def __init__(self, sigma, *, integrate_pixel: bool = False):
-        sigma = np.atleast_1d(np.asarray(sigma, dtype=float))
+        sigma = np.atleast_1d(units.to_pixels(sigma, "The sigma of a GaussianPSF (divide an angle by the pixel scale)"))
         if sigma.ndim != 1 or not (np.isfinite(sigma) & (sigma > 0)).all():
             raise ValueError(f"GaussianPSF wants a positive sigma (pixels) per channel; got {sigma}.")
         self.sigma = sigma
@@ -152,7 +154,7 @@ class ImagePSF(AbstractPSF):
     center: np.ndarray
 
     def __init__(self, image, *, oversampling: int | float = 1, center=None):
-        image = np.array(image, dtype=float)
+        image = np.array(units.as_numbers(image, "A PSF image"))
         if image.ndim == 2:
             image = image[None]
         if image.ndim != 3:
@@ -228,7 +230,7 @@ def _find_center(plane: np.ndarray, center) -> np.ndarray:
             y, x = np.mgrid[: plane.shape[0], : plane.shape[1]]
             return np.array([(y * plane).sum(), (x * plane).sum()]) / plane.sum()
     else:
-        position = np.asarray(center, dtype=float)
+        position = units.to_pixels(center, "The centre of a PSF image")
         if position.shape == (2,) and (position > -0.5).all() and (position < np.array(plane.shape) - 0.5).all():
             return position
     raise ValueError(
@@ -245,5 +247,15 @@ def _parabola_peak(values: np.ndarray, index: int) -> float:
 
 
 def as_psf(psf) -> AbstractPSF:
-    """Return `psf` itself if it is one, else the `ImagePSF` of an array."""
-    return psf if isinstance(psf, AbstractPSF) else ImagePSF(psf)
+    """Return `psf` itself if it is one, else the `ImagePSF` of an array.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if isinstance(psf, AbstractPSF):
+        return psf
+    if not isinstance(psf, Sequence | np.ndarray) and not hasattr(psf, "__array__"):
+        raise TypeError(f"A PSF is a GaussianPSF, an ImagePSF or an array of its image; got {psf!r}.")
+    return ImagePSF(psf)

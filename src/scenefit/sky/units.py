@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import astropy.units as u
 import numpy as np
-from astropy.coordinates import SkyCoord
 
 ZEROPOINT_NJY = 31.4
 """AB magnitude of 1 nJy."""
@@ -15,31 +16,39 @@ def nanojansky_per_unit(zeropoint=None, unit=None) -> np.ndarray | None:
 
     Parameters
     ----------
-    zeropoint : float or array, shape (channel,)
+    zeropoint : float, array of shape (channel,), or Quantity in mag or AB mag
         AB magnitude of one data unit.
     unit : astropy unit or str
-        A flux density per pixel, such as "nJy" or "uJy".
+        A flux density (per pixel), such as "nJy" or "uJy/pix".
 
     Raises
     ------
     ValueError
-        If both are given, the zeropoint isn't finite, or the unit isn't a flux density.
+        If both are given, the zeropoint isn't a finite AB magnitude, or the unit isn't a flux density.
     """
     if zeropoint is not None and unit is not None:
         raise ValueError("Give either zeropoint= (AB magnitude of one data unit) or unit=, not both.")
     if zeropoint is not None:
-        if isinstance(zeropoint, u.Quantity):
-            zeropoint = zeropoint.value
-        zeropoint = np.asarray(zeropoint, dtype=float)
-        if not np.isfinite(zeropoint).all():
+        is_ab = getattr(zeropoint, "unit", u.mag) in (u.mag, u.ABmag)
+        values = as_numbers(getattr(zeropoint, "value", zeropoint), "zeropoint")
+        if not is_ab or not np.isfinite(values).all():
             raise ValueError(f"The zeropoint must be a finite AB magnitude; got {zeropoint}.")
-        return np.asarray(10 ** (-0.4 * (zeropoint - ZEROPOINT_NJY)))
+        return np.asarray(10 ** (-0.4 * (values - ZEROPOINT_NJY)))
     if unit is not None:
         try:
-            return np.asarray(u.Unit(unit).to(u.nJy))
+            unit_of_data = u.Unit(unit)
+            per_pixel = not unit_of_data.is_equivalent(u.nJy)
+            return np.asarray((unit_of_data * u.pix if per_pixel else unit_of_data).to(u.nJy))
         except (u.UnitConversionError, ValueError, TypeError) as exc:
             raise ValueError(f"unit= wants a flux density such as 'nJy' or 'uJy'; got {unit!r}.") from exc
     return None
+
+
+def is_flux_density(unit: u.UnitBase) -> bool:
+    """Return whether a unit is one of flux density, or of flux density per pixel."""
+    if isinstance(unit, u.UnrecognizedUnit):
+        return False
+    return any(each.is_equivalent(u.nJy) for each in (unit, unit * u.pix))
 
 
 def ab_magnitude(flux_njy):
@@ -54,11 +63,55 @@ def ab_magnitude_error(flux_njy, flux_error_njy):
     return 2.5 / np.log(10) * np.asarray(flux_error_njy) / np.where(flux > 0, flux, np.nan)
 
 
-def to_arcsec(angle) -> np.ndarray:
+def as_numbers(values, what: str) -> np.ndarray:
+    """Return values as an array of floats; masked entries become NaN.
+
+    Raises
+    ------
+    TypeError
+        If they aren't real numbers, or have a unit; `what` names them in the message.
+    """
+    try:
+        if values is None or np.iscomplexobj(values) or isinstance(values, u.Quantity):
+            raise TypeError
+        return np.ma.filled(np.ma.asanyarray(values).astype(float), np.nan)
+    except (TypeError, ValueError) as exc:
+        raise TypeError(f"{what} must be real numbers without a unit; got {reprlib.repr(values)}.") from exc
+
+
+def to_unit(values, unit: u.UnitBase | str, what: str) -> np.ndarray:
+    """Return values in `unit` as an array of floats; plain numbers are taken to be in it.
+
+    Parameters
+    ----------
+    values : Quantity, numbers, or sequence of either
+    unit : astropy unit
+    what : str
+        Name in messages.
+
+    Raises
+    ------
+    ValueError
+        If a Quantity has a unit that doesn't convert to `unit`.
+    TypeError
+        If they aren't real numbers.
+    """
+    if isinstance(values, list | tuple) and any(isinstance(value, u.Quantity) for value in values):
+        return np.array([to_unit(value, unit, what) for value in values])
+    if not isinstance(values, u.Quantity):
+        return as_numbers(values, what)
+    try:
+        return np.asarray(values.to_value(unit), dtype=float)
+    except u.UnitConversionError as exc:
+        wanted = "without a unit" if unit == u.dimensionless_unscaled else f"in {unit} or a unit that converts to it"
+        raise ValueError(f"{what} must be {wanted}; got {reprlib.repr(values)}.") from exc
+
+
+def to_arcsec(angle, what: str = "An angle") -> np.ndarray:
     """Return an angle (Quantity, or a plain number of arcsec) in arcsec."""
-    return np.asarray(angle.to_value(u.arcsec) if isinstance(angle, u.Quantity) else angle, dtype=float)
+    return to_unit(angle, u.arcsec, what)
 
 
-def as_skycoord(position) -> SkyCoord | None:
-    """Return `position` if it is a SkyCoord, else None."""
-    return position if isinstance(position, SkyCoord) else None
+def to_pixels(length, what: str) -> np.ndarray:
+    """Return a length or position in pixels (Quantity in pixels, or plain numbers) as plain numbers."""
+    return to_unit(length, u.pix, what)
