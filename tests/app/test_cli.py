@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from astropy.table import QTable, Table
 from typer.testing import CliRunner
 
 import scenefit as sf
-from scenefit.app import cli, datasets, pipeline
+from scenefit.app import cli, datasets, pipeline, serialization
 from scenefit.app.pipeline import FILES
 from tests.helpers import CENTER_DEG, gaussian_image, tangent_header
 
@@ -423,6 +424,7 @@ def with_header(name, **cards):
 BAD_FILES = {
     "no weights": (without("HSC_WEIGHTS"), "expected an image HDU HSC_WEIGHTS; found HDUs"),
     "no PSF": (without("HST_PSF"), "expected an image HDU HST_PSF"),
+    "no image": (without("HSC_OBS"), "expected an image HDU HSC_OBS; found HDUs"),
     "no catalogue": (without("CATALOG"), "expected an HDU CATALOG with RA and DEC of the sources, or --catalog TABLE"),
     "shapes differ": (replaced("HSC_WEIGHTS", lambda w: w[:, :-1]), "doesn't match data of shape (2, 14, 14)"),
     "negative weights": (replaced("HST_WEIGHTS", with_value(-1)), "HST_WEIGHTS|weights|negative"),
@@ -451,6 +453,7 @@ class TestBadInput:
         for message in messages:
             assert any(part in run.err for part in message.split("|")), run.err
         assert run.files == set()
+        assert not run.directory.is_dir()
 
     @pytest.mark.parametrize("case", BAD_FILES)
     def test_content_of_the_file(self, tmp_path, case):
@@ -553,16 +556,34 @@ class TestNothingHalfWritten:
         assert run.files == {"catalog.ecsv", "model.asdf", "images.fits"}
         assert len(run.table) == len(run.model.scene.sources) == 3
 
+    @pytest.mark.parametrize("stage", ["fit", "catalog"])
+    def test_interrupted_elsewhere(self, fit_gaussians, monkeypatch, stage):
+        monkeypatch.setattr(pipeline, stage, lambda *args, **options: signal.raise_signal(signal.SIGINT))
+        run = fit_gaussians("--max-steps", "1")
+        assert run.code == 130
+        assert not run.directory.exists()
+
+    def test_nothing_is_left_of_the_run_before(self, fit_gaussians, monkeypatch):
+        """After an error on the way the folder doesn't hold a mixture of two runs."""
+        first = fit_gaussians("--max-steps", "1")
+        assert first.files == set(FILES)
+        monkeypatch.setattr(pipeline.plot, "scene", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        second = fit_gaussians("--max-steps", "2", "--overwrite")
+        assert second.code == 2
+        assert second.files == {"catalog.ecsv", "model.asdf", "images.fits"}
+        assert second.model.num_steps == 2
+
     def test_interrupted_fit_is_saved(self, fit_gaussians, monkeypatch):
         def press_ctrl_c(step, row):
             if step == 2:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         real = pipeline.fit
         monkeypatch.setattr(pipeline, "fit", lambda *args, **options: real(*args, callback=press_ctrl_c, **options))
         run = fit_gaussians()
         assert run.code == 130
         assert "fit interrupted" in run.out
+        assert run.err == "Interrupted: the best state so far is measured and saved. Ctrl-C once more ends without.\n"
         assert run.files == set(FILES)
         assert run.summary["status"] == "INTERRUPTED"
         assert run.summary["num_steps"] == 3
@@ -604,7 +625,39 @@ class TestOtherCommands:
     def test_show_without_results(self, tmp_path):
         run = scenefit("show", tmp_path)
         assert run.code == 2
+        assert list(tmp_path.iterdir()) == []
         assert "expected the results of `scenefit fit`; model.asdf, catalog.ecsv, summary.json not there" in run.err
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("model.asdf", "model.asdf: expected an ASDF file written by scenefit.save"),
+            ("summary.json", "summary.json: expected the summary of a fit; reading it failed"),
+            ("catalog.ecsv", "catalog.ecsv: expected the catalogue of a fit; reading it failed"),
+        ],
+    )
+    def test_show_damaged_results(self, gaussians, tmp_path, name, message):
+        for each in ("model.asdf", "summary.json", "catalog.ecsv"):
+            (tmp_path / each).write_bytes((gaussians.directory / each).read_bytes())
+        (tmp_path / name).write_text("{")
+        run = scenefit("show", tmp_path, directory=tmp_path)
+        assert run.code == 2
+        assert run.err.startswith("scenefit: ")
+        assert message in run.err
+        assert run.files == {"model.asdf", "summary.json", "catalog.ecsv"}
+
+    def test_newer_schema(self, gaussians, tmp_path, monkeypatch):
+        for each in ("summary.json", "catalog.ecsv"):
+            (tmp_path / each).write_bytes((gaussians.directory / each).read_bytes())
+        scene = gaussians.model.scene
+        with monkeypatch.context() as patch:
+            patch.setattr(serialization, "SCHEMA_VERSION", 7)
+            sf.save(tmp_path / "model.asdf", scene)
+        for command in (["info", tmp_path / "model.asdf"], ["show", tmp_path]):
+            run = scenefit(*command)
+            assert run.code == 2
+            assert "with schema version 7; scenefit" in run.err
+            assert "Upgrade: pip install --upgrade scenefit" in run.err
 
     def test_info_of_images(self, field):
         run = scenefit("info", field)
@@ -620,6 +673,22 @@ class TestOtherCommands:
         assert "FitResult" in run.out
         assert "converged, 3 sources" in run.out
         assert "HSC: 2 x 14 x 14" in run.out
+
+    def test_info_of_parts_of_a_result(self, gaussians, tmp_path):
+        result = gaussians.model
+        contents = {"scene": result.scene, "several": result.observations, "one": result.observations[0]}
+        for name, content in contents.items():
+            sf.save(tmp_path / f"{name}.asdf", content)
+            run = scenefit("info", tmp_path / f"{name}.asdf")
+            assert run.code == 0
+            assert ("3 sources on a frame of 3 x 40 x 40" in run.out) == (name == "scene")
+            assert ("HST: 1 x 40 x 40" in run.out) == (name != "scene")
+            assert ("HSC: 2 x 14 x 14" in run.out) == (name == "several")
+
+    def test_info_of_a_folder(self, gaussians):
+        run = scenefit("info", gaussians.directory)
+        assert run.code == 2
+        assert f"this is a folder. Results of a fit: scenefit show {gaussians.directory}" in run.err
 
     def test_info_of_something_else(self, tmp_path):
         (tmp_path / "notes.txt").write_text("nothing of ours")

@@ -73,6 +73,7 @@ class TestSettings:
             ({"rtol": 0.0}, r"rtol must be positive .*; got 0\.0 and 100"),
             ({"rtol": -1.0}, r"rtol must be positive"),
             ({"rtol": float("nan")}, r"rtol must be positive .*; got nan"),
+            ({"rtol": float("inf")}, r"rtol must be positive and finite, .*; got inf"),
             ({"max_steps": 0}, r"max_steps at least 1; got 0\.03 and 0"),
         ],
     )
@@ -109,6 +110,11 @@ class TestReadSettings:
             max_steps=7,
         )
 
+    def test_capitals_in_the_suffix(self, toml):
+        path = toml(TOML)
+        other = path.rename(path.with_suffix(".TOML"))
+        assert read_settings(other).model == "gaussian"
+
     def test_absolute_paths_stay(self, toml, tmp_path):
         other = tmp_path / "elsewhere" / "field.fits"
         settings = read_settings(toml(f'input = "{other.as_posix()}"'))
@@ -144,6 +150,7 @@ class TestReadSettings:
                 'input = "a"\nzeropoints = {HST = true}',
                 r"zeropoints wants AB magnitudes by observation; got \{'HST': True\}",
             ),
+            ('input = "a"\nfree_shift = [1]', r"setting 'free_shift' wants names of observations; got \[1\]"),
             ("input = 3", r"setting 'input' wants a str; got 3"),
             ('input = "a"\nmodel = "sersics"', r"model is one of"),
         ],

@@ -1,3 +1,4 @@
+import gzip
 import os
 from pathlib import Path
 
@@ -66,9 +67,22 @@ def test_cosmos_is_downloaded(monkeypatch):
     assert asked == [(repository, {"repo_type": "dataset"})]
 
 
-def test_cosmos_from_a_folder(empty_folder):
-    (empty_folder / "cosmos_hst_hsc.fits").write_bytes(DEMO.read_bytes())
-    assert datasets.load("cosmos").path == empty_folder / "cosmos_hst_hsc.fits"
+@pytest.mark.parametrize(
+    "name", ["cosmos_hst_hsc.fits", "cosmos_hst_hsc.fits.gz", "multiresolution_tutorial/data.fits.gz"]
+)
+def test_cosmos_from_a_folder(empty_folder, name):
+    path = empty_folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(DEMO.read_bytes()) if name.endswith(".gz") else DEMO.read_bytes())
+    cosmos = datasets.load("cosmos")
+    assert cosmos.path == path
+    assert len(cosmos.observations) == 2
+
+
+def test_a_damaged_copy_is_named(empty_folder):
+    (empty_folder / "cosmos_hst_hsc.fits").write_bytes(DEMO.read_bytes()[:50_000])
+    with pytest.raises(ValueError, match=r"cosmos_hst_hsc\.fits: the file is cut short"):
+        datasets.load("cosmos")
 
 
 @pytest.mark.parametrize(
@@ -76,15 +90,26 @@ def test_cosmos_from_a_folder(empty_folder):
     [
         LocalEntryNotFoundError("no connection to the Hub"),
         OfflineModeIsEnabled("no connection to the Hub"),
+        RuntimeError("no connection to the Hub."),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_cosmos_offline(monkeypatch, empty_folder, error):
+@pytest.mark.parametrize("folder", [None, "somewhere"])
+def test_cosmos_offline(monkeypatch, error, folder):
+    if folder is None:
+        monkeypatch.delenv("SCENEFIT_DATA", raising=False)
+    else:
+        monkeypatch.setenv("SCENEFIT_DATA", folder)
+
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    message = r"download of the data set 'cosmos' .*no connection to the Hub.*SCENEFIT_DATA.*cosmos_hst_hsc\.fits"
+    now = "not set" if folder is None else "somewhere, which lacks it"
+    message = (
+        r"download of the data set 'cosmos' .* failed: no connection to the Hub\. "
+        rf"Offline, set SCENEFIT_DATA to .*cosmos_hst_hsc\.fits.*\(now: {now}\)\."
+    )
     with pytest.raises(ConnectionError, match=message):
         datasets.load("cosmos")
 
@@ -95,7 +120,9 @@ def test_decals_needs_a_folder(monkeypatch, folder):
         monkeypatch.delenv("SCENEFIT_DATA", raising=False)
     else:
         monkeypatch.setenv("SCENEFIT_DATA", folder)
-    with pytest.raises(FileNotFoundError, match=rf"set SCENEFIT_DATA to .*cutout\.fits .*now: {folder or 'not set'}"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"set SCENEFIT_DATA to .*cutout\.fits .*now: {folder or 'not set'}.*\)"
+    ):
         datasets.load("decals")
 
 

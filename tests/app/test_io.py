@@ -13,6 +13,7 @@ from astropy.wcs import WCS
 from scenefit.app import io
 from scenefit.app.io import (
     catalog_in,
+    output_folder,
     prepare_output,
     read_catalog,
     read_observations,
@@ -96,6 +97,7 @@ class TestReadObservations:
     def test_names_choose_and_order(self, path):
         write(path, *make_hdus("A"), *make_hdus("B"), *make_hdus("C"))
         assert [obs.name for obs in read_observations(path, names=["C", "A"])] == ["C", "A"]
+        assert [obs.name for obs in read_observations(path, names="B")] == ["B"]
         with pytest.raises(ValueError, match=r"field\.fits: no observation is named 'D'; it holds \['A', 'B', 'C'\]"):
             read_observations(path, names=["D"])
 
@@ -252,7 +254,7 @@ class TestUnits:
     def test_not_a_number(self, path):
         write(path, *make_hdus(header={"MAGZERO": "unknown"}))
         with pytest.raises(
-            ValueError, match=r"field\.fits: expected a number in header keyword MAGZERO; got 'unknown'"
+            ValueError, match=r"field\.fits: CAM: expected a number in header keyword MAGZERO; got 'unknown'"
         ):
             read_observations(path)
 
@@ -311,12 +313,24 @@ class TestBadFiles:
         with pytest.raises(ValueError, match=r"field\.fits: expected a FITS file, .* this one starts with b'"):
             read_observations(path)
 
-    @pytest.mark.parametrize("kind", ["WEIGHTS", "PSF"])
+    @pytest.mark.parametrize("kind", ["OBS", "WEIGHTS", "PSF"])
     def test_missing_hdu(self, path, kind):
-        write(path, *make_hdus(**{kind.lower(): None}))
-        left = "PSF" if kind == "WEIGHTS" else "WEIGHTS"
-        found = rf"\['PRIMARY', 'CAM_OBS', 'CAM_{left}'\]"
-        message = rf"field\.fits: expected an image HDU CAM_{kind}; found HDUs {found}"
+        write(path, *make_hdus("ZED"), *(hdu for hdu in make_hdus() if hdu.name != f"CAM_{kind}"))
+        left = ", ".join(f"'CAM_{other}'" for other in ("OBS", "WEIGHTS", "PSF") if other != kind)
+        message = rf"field\.fits: expected an image HDU CAM_{kind}; found HDUs \['PRIMARY', 'ZED_OBS', .*, {left}\]"
+        with pytest.raises(ValueError, match=message):
+            read_observations(path)
+
+    @pytest.mark.parametrize("kind", ["OBS", "WEIGHTS", "PSF"])
+    def test_an_hdu_twice(self, path, kind):
+        write(path, *make_hdus(), *(hdu for hdu in make_hdus("cam") if hdu.name == f"CAM_{kind}"))
+        message = rf"field\.fits: expected one HDU CAM_{kind}; found HDUs \['PRIMARY', 'CAM_OBS'"
+        with pytest.raises(ValueError, match=message):
+            read_observations(path)
+
+    def test_wcs_that_makes_no_sense(self, path):
+        write(path, *make_hdus(header={**WCS_CARDS, "CTYPE1": "FOO--TAN"}))
+        message = r"field\.fits: CAM: The WCS can't be understood: Unrecognized celestial type"
         with pytest.raises(ValueError, match=message):
             read_observations(path)
 
@@ -408,6 +422,7 @@ class TestCatalog:
         [
             *[("RA", "DEC"), ("ra", "dec"), ("Ra", "Dec"), ("ra_deg", "dec_deg"), ("RAJ2000", "DEJ2000")],
             *[("ALPHA_J2000", "DELTA_J2000"), ("RA_ICRS", "DE_ICRS"), ("_RAJ2000", "_DEJ2000")],
+            *[("alpha_j2000", "delta_j2000"), ("ra_icrs", "dec_icrs"), ("RAdeg", "DEdeg"), ("X_WORLD", "Y_WORLD")],
         ],
     )
     def test_column_names(self, names):
@@ -419,6 +434,18 @@ class TestCatalog:
     def test_units(self):
         self.check(read_catalog(Table({"ra": (self.ra * u.deg).to(u.hourangle), "dec": self.dec * u.deg}))[0])
         self.check(read_catalog(QTable({"ra": (self.ra * u.deg).to(u.rad), "dec": self.dec * u.deg}))[0])
+
+    @pytest.mark.parametrize("system", ["icrs", "galactic"])
+    def test_a_column_of_sky_coordinates(self, tmp_path, system):
+        sky = SkyCoord(self.ra, self.dec, unit="deg")
+        path = tmp_path / "catalog.ecsv"
+        QTable({"id": [1, 2, 3], "sky_centroid": sky.transform_to(system)}).write(path)
+        # 1e-9 arcsec: rounding of degrees, there and back.
+        assert read_catalog(path)[0].icrs.separation(sky).arcsec.max() < 1e-9
+        with pytest.raises(ValueError, match=r"needs columns RA and DEC \(deg\); found \['first', 'second'\]"):
+            read_catalog(QTable({"first": sky, "second": sky}))
+        with pytest.raises(ValueError, match=r"1 of 3 rows have none: 2"):
+            read_catalog(QTable({"sky": SkyCoord([1, 2, np.nan], self.dec, unit="deg")}))
 
     @pytest.mark.parametrize("suffix", ["ecsv", "csv", "xml", "fits", "fits.gz", "txt"])
     def test_files(self, tmp_path, suffix):
@@ -594,6 +621,23 @@ class TestPrepareOutput:
         (tmp_path / "file").write_text("old")
         with pytest.raises(NotADirectoryError, match=r"expected a folder to write into; .*file is a file"):
             prepare_output(tmp_path / below, overwrite=True)
+
+    def test_a_folder_made_for_nothing_goes_again(self, tmp_path):
+        with pytest.raises(ValueError, match="bad input"), output_folder(tmp_path / "a" / "b"):
+            assert (tmp_path / "a" / "b").is_dir()
+            raise ValueError("bad input")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_was_written_stays(self, tmp_path):
+        with pytest.raises(OSError, match="disk full"), output_folder(tmp_path / "a" / "b") as folder:
+            (folder / "catalog.ecsv").touch()
+            raise OSError("disk full")
+        assert (tmp_path / "a" / "b" / "catalog.ecsv").exists()
+
+    def test_a_folder_that_was_there_stays(self, tmp_path):
+        with output_folder(tmp_path):
+            pass
+        assert tmp_path.is_dir()
 
     @pytest.mark.parametrize("method", ["mkdir", "touch"])
     def test_no_permission(self, tmp_path, monkeypatch, method):

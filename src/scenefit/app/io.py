@@ -21,7 +21,7 @@ from astropy.wcs import WCS
 from scenefit.app.fitsfile import extension_name, extension_names, find_hdu, find_image, is_fits, open_fits
 from scenefit.app.serialization import atomic_path, package_version
 from scenefit.arrays.box import Box
-from scenefit.data.observation import Observation
+from scenefit.data.observation import Observation, naming
 from scenefit.model.packing import component_box
 from scenefit.sky import units
 from scenefit.sky.frame import Channel, as_wcs
@@ -291,14 +291,17 @@ def _read_observation(hdus, name: str, zeropoint) -> Observation:
     mask = None
     if find_hdu(hdus, f"{name}_MASK") is not None:
         mask = find_image(hdus, f"{name}_MASK").data != 0
-    if zeropoint is None:
-        zeropoint = _zeropoint(image.header, hdus[0].header, name, num_planes)
+    with naming(name):
+        if zeropoint is None:
+            zeropoint = _zeropoint(image.header, hdus[0].header, name, num_planes)
+        psf_image, wcs = _psf(psf.data, psf.header), _wcs(image.header, image.data.shape)
+        channels = _channels(hdus, image.header, name, num_planes)
     return Observation(
         image.data,
         weights=weights.data,
-        psf=_psf(psf.data, psf.header),
-        wcs=_wcs(image.header, image.data.shape),
-        channels=_channels(hdus, image.header, name, num_planes),
+        psf=psf_image,
+        wcs=wcs,
+        channels=channels,
         name=name,
         mask=mask,
         zeropoint=zeropoint,
@@ -340,9 +343,7 @@ def _channels(hdus, header, name: str, count: int) -> Sequence[Channel]:
         several = [name] if count == 1 else [f"{name}_{n}" for n in range(count)]
         return CHANNELS_BY_NAME.get((name.upper(), count), several)
     if len(channels) != count:
-        raise ValueError(
-            f"{name}: its data have {count} plane(s); the file names {len(channels)} channel(s): {channels}."
-        )
+        raise ValueError(f"its data have {count} plane(s); the file names {len(channels)} channel(s): {channels}.")
     return channels
 
 

@@ -123,7 +123,7 @@ class Observation(eqx.Module):
         noise: AbstractNoise | None = None,
     ):
         self.name = _check_name(name)
-        with _naming(name):
+        with naming(name):
             data, data_unit, factor = _without_unit(data, zeropoint, unit)
             data = _as_planes(data)
             self.channels = check_channels(channels)
@@ -181,7 +181,7 @@ class Observation(eqx.Module):
     def with_background(self, background) -> Observation:
         """Return the observation with another background per channel, in the units of `data`."""
         unit = u.nJy if self.flux_unit == "nJy" else u.dimensionless_unscaled
-        with _naming(self.name):
+        with naming(self.name):
             background = _per_channel(units.to_unit(background, unit, "background"), len(self.data), "background")
         return eqx.tree_at(lambda o: o.background, self, background)
 
@@ -241,8 +241,8 @@ def _render_window(renderer: Renderer, model, shift):
 
 
 @contextlib.contextmanager
-def _naming(name: str):
-    """Put the name of the observation in front of messages."""
+def naming(name: str):
+    """Put the name of an observation in front of the messages of ValueError and TypeError."""
     try:
         yield
     except TypeError as exc:

@@ -98,13 +98,15 @@ def to_unit(values, unit: u.UnitBase | str, what: str) -> np.ndarray:
     """
     if isinstance(values, list | tuple) and any(isinstance(value, u.Quantity) for value in values):
         return np.array([to_unit(value, unit, what) for value in values])
-    if not isinstance(values, u.Quantity):
-        return as_numbers(values, what)
-    try:
-        return np.asarray(values.to_value(unit), dtype=float)
-    except u.UnitConversionError as exc:
-        wanted = "without a unit" if unit == u.dimensionless_unscaled else f"in {unit} or a unit that converts to it"
-        raise ValueError(f"{what} must be {wanted}; got {reprlib.repr(values)}.") from exc
+    if isinstance(values, u.Quantity):
+        try:
+            return np.asarray(values.to_value(unit), dtype=float)
+        except u.UnitConversionError as exc:
+            wanted = (
+                "without a unit" if unit == u.dimensionless_unscaled else f"in {unit} or a unit that converts to it"
+            )
+            raise ValueError(f"{what} must be {wanted}; got {reprlib.repr(values)}.") from exc
+    return as_numbers(values, what)
 
 
 def to_arcsec(angle, what: str = "An angle") -> np.ndarray:
