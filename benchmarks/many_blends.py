@@ -21,8 +21,8 @@ The table has a row every 20 blends: how many different shapes there were so far
 row before (those of the first blend left out), the resident memory, and the median time of a blend. The end says which
 functions were compiled after the first blend, and how often in a blend of a shape that wasn't new.
 
-Memory is that of the whole process, in units of 2**20 bytes: resident memory where the system tells it (Linux), else its
-peak. Growth is that from blend 20 to the last one: what the first blends allocate and compile is left out.
+Memory is that of the whole process, in units of 2**20 bytes: resident memory where the system tells it (Linux), else
+its peak. Growth is that from blend 20 to the last one: what the first blends allocate and compile is left out.
 """
 
 from __future__ import annotations
@@ -253,7 +253,8 @@ def print_summary(blends: list[Blend], result: dict):
     print(
         f"{result['num_converged']} of {result['num_blends']} fits converged; {result['num_shapes']} padded shape(s)\n"
         f"compilations after the first blend: {result['compilations_later']} (the first: "
-        f"{result['compilations_first']}), of these {result['compilations_of_known_shapes']} in blends of a known shape\n"
+        f"{result['compilations_first']}), of these {result['compilations_of_known_shapes']} in blends of a known "
+        "shape\n"
         f"resident memory: {result['resident_mb_begin']:.0f} MB after blend {min(ROW_BLENDS, len(blends))}, "
         f"{result['resident_mb_end']:.0f} MB after blend {len(blends)}: growth {result['growth_mb']:.1f} MB\n"
         f"first blend {result['first_s']:.2f} s; median of the later ones {result['later_median_s']:.2f} s"

@@ -2,10 +2,10 @@
 
     python offsets.py [FIELD.fits ...] [--fields 10] [--json]
 
-Files have the layout of the packaged field: HDUs NAME_OBS, NAME_WEIGHTS, NAME_PSF, CATALOG, and OFF_E, OFF_N [arcsec] in
-the primary header. Without files, fields are drawn by GalSim, one per seed: the sources and cameras of the packaged field
-(make_demo_field.py), with other clumps and noise, the sources turned together around the middle, the first camera turned by
-another angle, and another offset of the second one (normal, 30 mas in either direction).
+Files have the layout of the packaged field: HDUs NAME_OBS, NAME_WEIGHTS, NAME_PSF, CATALOG, and OFF_E, OFF_N [arcsec]
+in the primary header. Without files, fields are drawn by GalSim, one per seed: the sources and cameras of the packaged
+field (make_demo_field.py), with other clumps and noise, the sources turned together around the middle, the first camera
+turned by another angle, and another offset of the second one (normal, 30 mas in either direction).
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ Speed. The model image of the bands of the instrument with the largest pixels is
 warm; beside it stand the transforms this needs at least: the padded model planes forwards, the modes that the
 instrument can see backwards. Medians of alternating runs in one process.
 
-Peer. With `--peer-python`, scarlet2's native renderer (peers/scarlet2_native.py) renders the same observation from the same
-model grid and channels right afterwards, alone in a process of its own, also jitted and warm. Both take the model image in
-its pixels, and both count all that has to be done anew for every model: their transform of it, the convolution from model to
-observed PSF, and sampling at the observed pixels. What is done once at `match` is given apart. The ratio is the peer's time
-over scenefit's. Only times are compared, not where the light lands.
+Peer. With `--peer-python`, scarlet2's native renderer (peers/scarlet2_native.py) renders the same observation from the
+same model grid and channels right afterwards, alone in a process of its own, also jitted and warm. Both take the model
+image in its pixels, and both count all that has to be done anew for every model: their transform of it, the convolution
+from model to observed PSF, and sampling at the observed pixels. What is done once at `match` is given apart. The ratio
+is the peer's time over scenefit's. Only times are compared, not where the light lands.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python scaling.py [--sources 8 32 128 1000] [--peer-python PYTHON] [--peer-limit 128] [--converge] [--json]
 
-Simulated fields of five bands on one grid, 31-pixel stamps, one observation: 8 sources on 128x128, 32 on 256x256, 128 on
-512x512, 1000 on 1024x1024. First step: from the call of `fit` to the end of its first step, compilation included. Step:
-one forward and one adjoint rendering, which is what a step of a first-order method takes. Bare: the Fourier transforms
-that these need (two forward, two inverse), alone. With `--peer-python`, scarlet2 runs the same fields in its own
-environment, one after the other, up to `--peer-limit` sources: its first step takes minutes with 128 sources, and far longer
-with more.
+Simulated fields of five bands on one grid, 31-pixel stamps, one observation: 8 sources on 128x128, 32 on 256x256, 128
+on 512x512, 1000 on 1024x1024. First step: from the call of `fit` to the end of its first step, compilation included.
+Step: one forward and one adjoint rendering, which is what a step of a first-order method takes. Bare: the Fourier
+transforms that these need (two forward, two inverse), alone. With `--peer-python`, scarlet2 runs the same fields in its
+own environment, one after the other, up to `--peer-limit` sources: its first step takes minutes with 128 sources, and
+far longer with more.
 """
 
 from __future__ import annotations

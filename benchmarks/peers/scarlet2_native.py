@@ -3,15 +3,15 @@
     python scarlet2_native.py FIELD.fits [--repeats 20] [--observation NAME] [--frame HEADER.txt]
 
 FIELD has image HDUs NAME_OBS, NAME_WEIGHTS and NAME_PSF for every observation. What is timed is the renderer that
-scarlet2's `Observation.match` chooses by itself where the pixels of an observation aren't those of the model: its channels
-are taken from the model image, this image is transformed, resampled in Fourier space, multiplied by the ratio of the PSFs
-and transformed back to the pixels of the observation. One call on a model image of random numbers, jitted, after a first
-call that compiles it and doesn't count.
+scarlet2's `Observation.match` chooses by itself where the pixels of an observation aren't those of the model: the model
+image is transformed, resampled in Fourier space, multiplied by the ratio of the PSFs and transformed back to the pixels
+of the observation. One call on a model image of random numbers, jitted, after a first call that compiles it and doesn't
+count.
 
-The model grid is the union of all observations, with the smallest pixels and a Gaussian PSF of 0.7 pixels, as scarlet2's
-`Frame.from_observations` makes it; `--frame` gives another one, as the text of a FITS header with WCS, NAXIS1 and NAXIS2.
-The channels of the model are those of the rendered observation only. That is the one with the largest pixels unless named.
-Ends with one JSON line.
+The model grid is the union of all observations, with the smallest pixels and a Gaussian PSF of 0.7 pixels, as
+scarlet2's `Frame.from_observations` makes it; `--frame` gives another one, as the text of a FITS header with WCS,
+NAXIS1 and NAXIS2. The channels of the model are those of the rendered observation only: the one with the largest pixels,
+unless named. Ends with one JSON line.
 """
 
 import argparse

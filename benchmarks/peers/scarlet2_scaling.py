@@ -2,11 +2,11 @@
 
     python scarlet2_scaling.py NUM_SOURCES SIZE [--steps 30]
 
-The fields are those of benchmarks/scaling.py: the same recipe and the same random numbers. Every source starts from a round
-Gaussian stamp of 31 pixels at its true position and from its true colors; spectra are positive, morphologies lie in
-[0, 1], with the step sizes that scarlet2's tutorials use. First step: from the call of `scarlet2.fit` to the end of its first
-step, compilation included. Step: the median of the later ones, each a forward and an adjoint rendering of the model. Ends
-with one JSON line. Compilation grows with the number of sources: 128 of them take minutes.
+The fields are those of benchmarks/scaling.py: the same recipe and the same random numbers. Every source starts from a
+round Gaussian stamp of 31 pixels at its true position and from its true colors; spectra are positive, morphologies lie
+in [0, 1], with the step sizes that scarlet2's tutorials use. First step: from the call of `scarlet2.fit` to the end of
+its first step, compilation included. Step: the median of the later ones, each a forward and an adjoint rendering of the
+model. Ends with one JSON line. Compilation grows with the number of sources: 128 of them take minutes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PSF_SIGMA, NOISE, HALF_STAMP, START_SIGMA = 1.7, 0.3, 15, 3.0
 
 
 def simulate(num_sources, size):
-    """Return data (channel, y, x), positions (y, x) and fluxes (source, channel): `simulate` of benchmarks/scaling.py."""
+    """Return data (channel, y, x), positions (y, x), fluxes (source, channel), drawn as benchmarks/scaling.py does."""
     rng = np.random.default_rng(0)
     margin = min(25, size // 4)
     centers = rng.uniform(margin, size - margin, (num_sources, 2))

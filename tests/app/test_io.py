@@ -622,17 +622,19 @@ class TestPrepareOutput:
         with pytest.raises(NotADirectoryError, match=r"expected a folder to write into; .*file is a file"):
             prepare_output(tmp_path / below, overwrite=True)
 
-    def test_a_folder_made_for_nothing_goes_again(self, tmp_path):
-        with pytest.raises(ValueError, match="bad input"), output_folder(tmp_path / "a" / "b"):
-            assert (tmp_path / "a" / "b").is_dir()
-            raise ValueError("bad input")
-        assert list(tmp_path.iterdir()) == []
+    @pytest.mark.parametrize("written", [False, True])
+    def test_only_a_folder_made_for_nothing_goes_again(self, tmp_path, written):
+        def work():
+            with output_folder(tmp_path / "a" / "b") as folder:
+                assert folder.is_dir()
+                if written:
+                    (folder / "catalog.ecsv").touch()
+                raise OSError("disk full")
 
-    def test_what_was_written_stays(self, tmp_path):
-        with pytest.raises(OSError, match="disk full"), output_folder(tmp_path / "a" / "b") as folder:
-            (folder / "catalog.ecsv").touch()
-            raise OSError("disk full")
-        assert (tmp_path / "a" / "b" / "catalog.ecsv").exists()
+        with pytest.raises(OSError, match="disk full"):
+            work()
+        assert (tmp_path / "a" / "b" / "catalog.ecsv").exists() == written
+        assert (tmp_path / "a").exists() == written
 
     def test_a_folder_that_was_there_stays(self, tmp_path):
         with output_folder(tmp_path):

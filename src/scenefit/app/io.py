@@ -324,7 +324,8 @@ def _wcs(header, shape) -> WCS | None:
     if not str(header.get("CTYPE1", "")).strip():
         return None
     wcs = as_wcs(header)
-    wcs.array_shape = shape[-2:]
+    if wcs is not None:
+        wcs.array_shape = shape[-2:]
     return wcs
 
 

@@ -96,8 +96,6 @@ def to_unit(values, unit: u.UnitBase | str, what: str) -> np.ndarray:
     TypeError
         If they aren't real numbers.
     """
-    if isinstance(values, list | tuple) and any(isinstance(value, u.Quantity) for value in values):
-        return np.array([to_unit(value, unit, what) for value in values])
     if isinstance(values, u.Quantity):
         try:
             return np.asarray(values.to_value(unit), dtype=float)
@@ -106,6 +104,8 @@ def to_unit(values, unit: u.UnitBase | str, what: str) -> np.ndarray:
                 "without a unit" if unit == u.dimensionless_unscaled else f"in {unit} or a unit that converts to it"
             )
             raise ValueError(f"{what} must be {wanted}; got {reprlib.repr(values)}.") from exc
+    if isinstance(values, list | tuple) and any(isinstance(value, u.Quantity) for value in values):
+        return np.array([to_unit(value, unit, what) for value in values])
     return as_numbers(values, what)
 
 
