@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -22,6 +23,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--x64"):
         jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """Let SIGINT raise KeyboardInterrupt, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ class Observation(eqx.Module):
         sigma=None,
         psf: AbstractPSF | np.ndarray,
         wcs=None,
-        channels: Sequence[Channel],
+        channels: Sequence[Channel | list],
         name: str = "observation",
         zeropoint=None,
         unit=None,
