@@ -1,21 +1,22 @@
 """Many blends in one process: what is compiled after the first one, and how much memory grows.
 
-    python many_blends.py [--blends 200] [--sources 5 6] [--coverage union] [--turn 0] [--json]
+    python many_blends.py [--blends 200] [--sources 5 6] [--coverage union] [--turn 0] [--priors] [--json]
 
 Every blend is drawn anew from its own seed: another place on the sky, other Gaussian galaxies, and other sub-pixel
 positions of the second image on the first. Two observations see it: one channel of 100 x 100 fine pixels and three
 channels of 38 x 38 coarse ones, with the offset of the coarse image free. `sf.initialize`, `sf.fit`, `sf.catalog` and
 `offset_errors` are run on each.
 
-One padded shape means: the same channels and sizes of the images, the same padded canvas of the model frame, and the
-same padded number and size of the stamps. `sf.initialize` gets one `half_size`, and the default numbers of sources, 5
-and 6, are both padded to 6. (4 stays 4 and 7 becomes 8: `--sources 4 7` shows what other numbers cost.) A blend whose
-stamps grow during the fit has another padded size at its end; this counts as another shape. The orientation of the
-coarse image on the fine one, and which of its pixels lie on the frame, aren't part of the shape: `--turn DEGREES` turns
-it by a random angle up to this one, and `--coverage intersection` makes the frame cut off its edges.
+One padded shape means: the same channels and sizes of the images, the same padded canvas of the model frame, the same
+padded number and size of the stamps, and for each image the same rounded number of Fourier modes and size of the part
+that is rendered. `sf.initialize` gets one `half_size`, and the default numbers of sources, 5 and 6, are both padded to 6.
+(4 stays 4 and 7 becomes 8: `--sources 4 7` shows what other numbers cost.) A blend whose stamps grow during the fit has
+another padded size at its end; this counts as another shape.
 
 The size of the frame varies by a pixel from blend to blend, as the coarse pixels fall on the fine ones; with these
-images it is padded to one canvas.
+images it is padded to one canvas. `--turn DEGREES` turns the coarse image by a random angle up to this one, which makes
+the frame and the numbers of modes vary more, and `--coverage intersection` makes the frame cut off its edges: both give
+a few shapes, not one a blend. With `--priors` every source gets a prior on its center and on its fluxes.
 
 The table has a row every 20 blends: how many different shapes there were so far, the number of compilations since the
 row before (those of the first blend left out), the resident memory, and the median time of a blend. The end says which
@@ -35,10 +36,12 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+import numpyro.distributions as dist
 from astropy.wcs import WCS
 
 import scenefit as sf
@@ -175,10 +178,21 @@ def simulate(seed: int, counts: tuple[int, int], turn_deg: float) -> tuple[list[
     return observations, (positions / FINE.scale_arcsec + (FINE.num_pixels - 1) / 2)[:, ::-1]
 
 
-def padded_shape(scene: sf.Scene) -> tuple:
-    """Return the shape of the padded canvas and of every stack of stamps."""
+def padded_shape(scene: sf.Scene, observations: Sequence[sf.Observation]) -> tuple:
+    """Return the shape of the padded canvas, modes and window of every matched image, and the shape of every stack."""
     stacks, _ = pack(scene.frame, list(scene.components()))
-    return scene.frame.fft_shape, *(stack.mask.shape for stack in stacks)
+    renderers = [observation.matched_renderer for observation in observations]
+    rendered = tuple((renderer.num_modes, renderer.window.shape) for renderer in renderers)
+    return scene.frame.fft_shape, rendered, tuple(stack.mask.shape for stack in stacks)
+
+
+def with_priors(parameters: sf.Parameters, scene: sf.Scene) -> sf.Parameters:
+    """Return the parameters with a wide prior around the start on the center and the fluxes of every source."""
+    for path, source in scene.components():
+        flux = np.maximum(source.spectrum.flux, 1.0)
+        parameters = parameters.prior(f"{path}.center", dist.Normal(source.center, 2.0))
+        parameters = parameters.prior(f"{path}.spectrum.flux", dist.LogNormal(np.log(flux), 1.0))
+    return parameters
 
 
 def fit_blend(seed: int, options: argparse.Namespace, compilations: Compilations) -> Blend:
@@ -190,6 +204,8 @@ def fit_blend(seed: int, options: argparse.Namespace, compilations: Compilations
     positions = observations[0].wcs.pixel_to_world(centers[:, 1], centers[:, 0])
     scene = sf.initialize(frame, observations, positions, half_size=HALF_SIZE)
     parameters = sf.Parameters.default(scene, observations).free("observations.coarse.astrometry.shift")
+    if options.priors:
+        parameters = with_priors(parameters, scene)
     compilations.stage = "fit"
     result = sf.fit(scene, observations, parameters, progress=False)
     compilations.stage = "catalog"
@@ -197,7 +213,7 @@ def fit_blend(seed: int, options: argparse.Namespace, compilations: Compilations
     compilations.stage = "offset_errors"
     offset_errors(result)
     seconds, compiled = time.perf_counter() - start, compilations.take()
-    shape = padded_shape(scene), padded_shape(result.scene)
+    shape = tuple(padded_shape(each, result.observations) for each in (scene, result.scene))
     compilations.take()  # those of `padded_shape` don't count
     return Blend(shape, seconds, compiled, result.is_converged, resident_mb())
 
@@ -248,7 +264,10 @@ def print_summary(blends: list[Blend], result: dict):
     for (stage, name), number in compiled.most_common():
         print(f"compiled after the first blend, in {stage}: {name}, {number} times")
     for number, shape in enumerate(dict.fromkeys(blend.shape for blend in blends), 1):
-        start, end = (f"canvas {canvas}, stamps {list(stamps)}" for canvas, *stamps in shape)
+        start, end = (
+            f"canvas {canvas}, (modes, window) {list(rendered)}, stamps {list(stamps)}"
+            for canvas, rendered, stamps in shape
+        )
         print(f"shape {number}: {start}" + ("" if start == end else f"; at the end {end}"))
     print(
         f"{result['num_converged']} of {result['num_blends']} fits converged; {result['num_shapes']} padded shape(s)\n"
@@ -268,6 +287,7 @@ def main():
     parser.add_argument("--sources", type=int, nargs=2, default=(5, 6), metavar=("FEWEST", "MOST"))
     parser.add_argument("--coverage", choices=("union", "intersection"), default="union", help="of the model frame")
     parser.add_argument("--turn", type=float, default=0.0, help="largest angle between the two images, degrees")
+    parser.add_argument("--priors", action="store_true", help="put a prior on every center and flux")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     options = parser.parse_args()
     if options.blends < 1 or not 1 <= options.sources[0] <= options.sources[1]:

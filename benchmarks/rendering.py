@@ -5,10 +5,11 @@
     python benchmarks/rendering.py --peer-python PYTHON # scarlet2 beside it, from an environment that has it
     python benchmarks/rendering.py --json               # the same, then one JSON line
 
-Accuracy. GalSim draws galaxies onto an observation directly, each convolved with PSF and pixel and with the local WCS
-at its position. scenefit is given what a fit has: an image of the galaxies on the model frame (drawn by GalSim through
+Accuracy. GalSim draws sources onto an observation directly, each convolved with PSF and pixel and with the local WCS
+at its position. scenefit is given what a fit has: an image of the galaxy on the model frame (drawn by GalSim through
 the model PSF, without pixel) and a stamp of the observed PSF. Two kinds of galaxy are drawn: a Gaussian one and a
-clumpy one (exponential disc, bulge and knots down to a sigma of one model pixel). Errors are the largest difference
+clumpy one (exponential disc, bulge and knots down to a sigma of one model pixel); and a point source, a
+`PointMorphology` here. Errors are the largest difference
 over the peak and the relative difference of the total flux, over the pixels inside the frame. The distorted cases have
 a SIP polynomial that changes the pixel scale by 0.2 % from the centre to the edge of the image (ACS over this width),
 and a galaxy off the centre.
@@ -38,11 +39,15 @@ import galsim
 import jax
 import jax.numpy as jnp
 import numpy as np
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
 
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import transform_model
+from scenefit.model.morphology import PointMorphology
+from scenefit.model.scene import Scene
+from scenefit.model.source import Source
 from scenefit.sky.frame import MODEL_PSF_SIGMA, Frame
 from scenefit.sky.psf import ImagePSF
 
@@ -57,7 +62,7 @@ RATIOS, ROTATIONS_DEG = (1.0, 2.0, 5.6), (0.0, 23.0, 90.0)
 FLIPS = {"": (1, 1), "x": (-1, 1), "y": (1, -1), "xy": (-1, -1)}
 SUBPIXEL = (0.31, -0.42)
 SIP_SCALE_CHANGE = 2e-3
-GALAXIES = ("gaussian", "clumpy")
+KINDS = ("gaussian", "clumpy", "point")
 # GalSim's defaults aim at 0.5 %; these at 1e-5 of the flux.
 ACCURATE = galsim.GSParams(
     folding_threshold=1e-5, maxk_threshold=1e-6, kvalue_accuracy=1e-8, xvalue_accuracy=1e-8, maximum_fft_size=16384
@@ -135,9 +140,11 @@ def tangent_header(
     return header
 
 
-def make_galaxy(kind: str) -> galsim.GSObject:
-    """Return a galaxy of unit flux on the sky, in arcsec: "gaussian" or "clumpy"."""
+def make_profile(kind: str) -> galsim.GSObject:
+    """Return a source of unit flux on the sky, in arcsec: "gaussian", "clumpy" or "point"."""
     pixel = MODEL_SCALE_ARCSEC
+    if kind == "point":
+        return galsim.DeltaFunction(gsparams=ACCURATE)
     if kind == "gaussian":
         return galsim.Gaussian(sigma=5 * pixel, gsparams=ACCURATE).shear(g1=0.2, g2=-0.15)
     rng = np.random.default_rng(7)
@@ -178,15 +185,19 @@ def draw_psf(header: fits.Header) -> np.ndarray:
 
 def render_case(case: Case, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the observation as scenefit renders it and as GalSim draws it, both 0 outside the model frame."""
-    profile, observed = make_galaxy(kind), case.header()
+    profile, observed = make_profile(kind), case.header()
     off_center = galsim.PositionD(1.1, -0.9) if case.distorted else galsim.PositionD(0.13, 0.07)
     middle = galsim.CelestialCoord(*(angle * galsim.degrees for angle in CENTER_DEG))
     position = middle.deproject(off_center.x * galsim.arcsec, off_center.y * galsim.arcsec)
     model_header = tangent_header(FRAME_PIXELS, MODEL_SCALE_ARCSEC)
-    narrow = galsim.Gaussian(sigma=MODEL_PSF_SIGMA * MODEL_SCALE_ARCSEC, gsparams=ACCURATE)
-    model = draw(galsim.Convolve(profile, narrow), model_header, position, "no_pixel")
+    frame = Frame((FRAME_PIXELS,) * 2, channels="i", wcs=model_header, padding=round(PSF_PIXELS * case.ratio / 2))
+    if kind == "point":
+        sky = SkyCoord(position.ra.deg, position.dec.deg, unit="deg")
+        model = Scene(frame, [Source(sky, [1.0], PointMorphology())]).evaluate()[0]
+    else:
+        narrow = galsim.Gaussian(sigma=MODEL_PSF_SIGMA * MODEL_SCALE_ARCSEC, gsparams=ACCURATE)
+        model = draw(galsim.Convolve(profile, narrow), model_header, position, "no_pixel")
     truth = draw(galsim.Convolve(profile, make_psf(case.scale_arcsec)), observed, position, "auto")
-    frame = Frame(model.shape, channels="i", wcs=model_header, padding=round(PSF_PIXELS * case.ratio / 2))
     observation = Observation(truth, weights=1.0, psf=ImagePSF(draw_psf(observed)), wcs=observed, channels="i")
     matched = observation.match(frame)
     seen = np.zeros(truth.shape, dtype=bool)
@@ -213,10 +224,10 @@ def all_cases() -> Iterator[Case]:
 
 def print_accuracy() -> tuple[list[dict], Errors]:
     """Print the accuracy table; return its rows and the worst of each kind of error."""
-    print("ratio  rotation  flip  sub-pixel  SIP  " + "  ".join(f"{kind:>8}: image     flux" for kind in GALAXIES))
+    print("ratio  rotation  flip  sub-pixel  SIP  " + "  ".join(f"{kind:>8}: image     flux" for kind in KINDS))
     rows, found = [], []
     for case in all_cases():
-        errors = {kind: measure_errors(case, kind) for kind in GALAXIES}
+        errors = {kind: measure_errors(case, kind) for kind in KINDS}
         found += errors.values()
         rows.append({**asdict(case), **{kind: asdict(error) for kind, error in errors.items()}})
         subpixel, distorted = ("yes" if flag else "-" for flag in (case.subpixel, case.distorted))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import jax
 import numpy as np
 from astropy.io import fits
 from astropy.wcs import WCS
@@ -122,6 +123,12 @@ def final_classes(interface) -> set[type]:
         if not inspect.isabstract(cls) and cls.__module__.startswith("scenefit."):
             found.add(cls)
     return found
+
+
+def compiled_for(tree) -> tuple:
+    """Return what decides whether a compiled function takes a tree: its structure, and shapes and types of its arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(leaf), str(np.asarray(leaf).dtype)) for leaf in leaves)
 
 
 def spectrum_sum(image, ky, kx, origin=(0.0, 0.0), spacing=1.0):

@@ -19,6 +19,12 @@ def test_fast_length_is_the_next_product_of_2_3_5(length):
     assert fourier.fast_length(length) == expected
 
 
+@pytest.mark.parametrize("length", [0, 1, 8, 9, 97, 128, 331])
+def test_coarse_fast_length_is_the_next_fast_multiple_of_8(length):
+    expected = next(n for n in range(max(1, length), 1000) if smooth(n) and n % 8 == 0)
+    assert fourier.coarse_fast_length(length) == expected
+
+
 @pytest.mark.parametrize("width", [1, 2, 7, 8])
 def test_half_plane_weights_count_every_mode_of_a_row(rng, width):
     row = rng.normal(size=width)

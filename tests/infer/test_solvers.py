@@ -113,7 +113,7 @@ def test_normal_priors_pull_as_the_analytic_posterior_says():
 
 
 def test_pixels_are_those_of_bounded_least_squares():
-    """One image of 7 x 7 free pixels in two observations of a channel, as 49 unknowns of a dense problem."""
+    """One image of 7 x 7 free pixels of unit sum in two observations of a channel, as 49 unknowns of a dense problem."""
     shape, side, center = (18, 18), 7, (8, 9)
     frame = Frame(shape, channels=("g",), padding=10)
     rng = np.random.default_rng(4)
@@ -141,8 +141,12 @@ def test_pixels_are_those_of_bounded_least_squares():
     result = fit(scene, observed, parameters, progress=False, rtol=1e-3, max_steps=400)
     prior = parameters["sources.a.morphology.image"].prior
     loc, scale = np.asarray(prior.loc, float).ravel(), np.asarray(prior.scale, float).ravel()
-    rows = np.concatenate([design, np.diag(1 / scale)])
-    solution = scipy.optimize.lsq_linear(rows, np.concatenate([data, loc / scale]), bounds=(0, np.inf), tol=1e-12)
+    # Unit sum: an equation that counts 1e6 times as much as a pixel of data.
+    unit = 1e6 * np.ones((1, side**2))
+    rows = np.concatenate([design, np.diag(1 / scale), unit])
+    solution = scipy.optimize.lsq_linear(
+        rows, np.concatenate([data, loc / scale, [1e6]]), bounds=(0, np.inf), tol=1e-14
+    )
     assert result.is_converged
     # Half the squared distance of 1e-3 for 49 pixels is 2e-5; sums of 648 residuals in float32 are off by 1e-3.
     assert result.loss == pytest.approx(solution.cost, abs=5e-3)

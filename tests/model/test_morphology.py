@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 
+from scenefit.data.observation import Observation
 from scenefit.model.morphology import (
     STAMP_FLUX_TOLERANCE,
     AbstractMorphology,
@@ -13,7 +14,11 @@ from scenefit.model.morphology import (
     PointMorphology,
 )
 from scenefit.model.parameters import unit_disk
-from tests.helpers import final_classes, gaussian_image
+from scenefit.model.scene import Scene
+from scenefit.model.source import Source
+from scenefit.sky.frame import Frame
+from scenefit.sky.psf import GaussianPSF
+from tests.helpers import final_classes
 
 PSF_SIGMA = 0.7
 # Pixels, far beyond the wings of all examples, relative to a center off the pixel grid.
@@ -46,8 +51,6 @@ def evaluate(morphology, y=GRID, x=GRID, psf_sigma=PSF_SIGMA):
 
 def intrinsic_moments(morphology):
     """Second moments (xx, yy, xy) before the PSF, from semi-axes and angle."""
-    if isinstance(morphology, PointMorphology):
-        return np.zeros(3)
     e = morphology.ellipticity
     norm, theta = np.hypot(*e), 0.5 * np.arctan2(e[1], e[0])
     ratio = np.sqrt((1 - norm) / (1 + norm))
@@ -69,11 +72,13 @@ def test_unit_sum_over_a_large_grid(morphology, eps):
     assert evaluate(morphology).sum() == pytest.approx(1, abs=1e-4 + 20 * eps)
 
 
-def test_no_negative_light(morphology):
-    assert evaluate(morphology).min() >= 0
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "point"])
+def test_no_negative_light(name):
+    assert evaluate(EXAMPLES[name]).min() >= 0
 
 
 @pytest.mark.parametrize("psf_sigma", [0.7, 1.5])
+@pytest.mark.parametrize("profile", [p for n, p in PROFILES.items() if n != "point"])
 def test_moments_add_under_convolution_with_the_psf(profile, psf_sigma):
     image = evaluate(profile, psf_sigma=psf_sigma)
     y, x = GRID[:, None], GRID
@@ -104,10 +109,43 @@ def test_gaussian_against_galsim(name):
     np.testing.assert_allclose(ours, image.array, atol=3e-6 * image.array.max())
 
 
-def test_point_is_the_psf(eps):
-    expected = gaussian_image((81, 81), (39.7, 39.7), PSF_SIGMA)
-    # 10 eps: rounding of the exponential.
-    np.testing.assert_allclose(evaluate(PointMorphology()), expected, atol=10 * eps)
+def band_limited(offsets, sigma):
+    """A Gaussian of unit integral without frequencies beyond 1/2, by quadrature."""
+
+    def value(at):
+        def wave(k):
+            return 2 * np.exp(-2 * (np.pi * sigma * k) ** 2) * np.cos(2 * np.pi * k * at)
+
+        return scipy.integrate.quad(wave, 0, 0.5, epsabs=1e-12, limit=400)[0]
+
+    return np.array([value(at) for at in offsets])
+
+
+@pytest.mark.parametrize("psf_sigma", [0.7, 1.0, 2.0, 3.0])
+def test_point_is_the_psf_without_frequencies_beyond_nyquist(psf_sigma):
+    y, x = np.arange(-4, 5) - 0.3, np.arange(-4, 5) + 0.4
+    image = evaluate(PointMorphology(), y, x, psf_sigma)
+    expected = np.outer(band_limited(y, psf_sigma), band_limited(x, psf_sigma))
+    # 1e-4 of the peak: the ringing that is cut far out, spread over all pixels by the scaling to unit sum.
+    np.testing.assert_allclose(image, expected, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize("fraction", [(0.0, 0.0), (0.5, 0.5), (0.3, -0.2)])
+@pytest.mark.parametrize(("sigma", "tolerance"), [(0.8, 4e-3), (1.0, 1.2e-3), (1.2, 4e-4), (1.5, 3e-4), (2.5, 3e-4)])
+def test_point_through_a_psf_is_that_psf(sigma, tolerance, fraction):
+    """A Gaussian PSF of `sigma` pixels on the same grid, as far as that grid can hold it.
+
+    Samples of the model PSF as they are would be off by 3.7e-2, 1.5e-2, 6e-3, 2e-3 and 5e-4 of the peak.
+    """
+    shape, center = (41, 41), np.array([20.0, 20.0]) + fraction
+    frame = Frame(shape, channels="g", padding=20)
+    obs = Observation(np.zeros(shape), sigma=1.0, psf=GaussianPSF(sigma), channels="g", name="one")
+    image = np.asarray(obs.match(frame).render(Scene(frame, [Source(center, [1.0], PointMorphology())]))[0])
+    expected = np.outer(*(band_limited(np.arange(41) - at, sigma) for at in center))
+    # The tolerances: ringing beyond the stamp.
+    np.testing.assert_allclose(image, expected, atol=tolerance * expected.max())
+    # But for what rings beyond the edge of the image.
+    assert image.sum() == pytest.approx(1.0, abs=0.5 * tolerance)
 
 
 @pytest.mark.parametrize("ellipticity", [(0.0, 0.0), (0.5, 0.0), (-0.2, 0.5)])
@@ -127,6 +165,7 @@ def test_half_the_light_inside_the_half_light_radius(ellipticity):
     assert inside == pytest.approx(0.5, abs=1e-4)
 
 
+@pytest.mark.parametrize("profile", [p for n, p in PROFILES.items() if n != "point"])
 def test_the_stamp_holds_the_light(profile):
     half = int(np.ceil(profile.radius(PSF_SIGMA)))
     axis = np.arange(-half, half + 1.0)

@@ -46,12 +46,13 @@ def brute_force(components, shape=SHAPE):
             corner = np.rint(component.center).astype(int) - morphology.anchor
             for index, value in np.ndenumerate(morphology.image):
                 plane[tuple(corner + index)] = value
+        elif isinstance(morphology, PointMorphology):
+            offsets = (axis - at for axis, at in zip((y[:, 0], x[0]), component.center, strict=True))
+            plane = np.asarray(morphology.evaluate(*offsets, PSF_SIGMA))
         else:
-            moments = PSF_SIGMA**2 * np.eye(2)
-            if isinstance(morphology, GaussianMorphology):
-                sigma, e = morphology.half_light_radius / np.sqrt(2 * np.log(2)), morphology.ellipticity
-                shape_matrix = np.array([[1 - e[0], e[1]], [e[1], 1 + e[0]]])
-                moments = moments + sigma**2 * shape_matrix / np.sqrt(np.linalg.det(shape_matrix))
+            sigma, e = morphology.half_light_radius / np.sqrt(2 * np.log(2)), morphology.ellipticity
+            shape_matrix = np.array([[1 - e[0], e[1]], [e[1], 1 + e[0]]])
+            moments = PSF_SIGMA**2 * np.eye(2) + sigma**2 * shape_matrix / np.sqrt(np.linalg.det(shape_matrix))
             plane = gaussian_density(y - component.center[0], x - component.center[1], moments)
         image += fluxes(component)[:, None, None] * plane
     return image

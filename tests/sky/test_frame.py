@@ -9,7 +9,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from scenefit.sky.frame import Frame, as_wcs, check_channels, is_same_frame, pixel_map, pixel_scale_of
-from scenefit.sky.psf import GaussianPSF
+from scenefit.sky.psf import GaussianPSF, ImagePSF
 from tests.helpers import CENTER_DEG, gaussian_image, make_observation, tangent_header, tangent_wcs, with_sip, with_tpv
 
 SHAPE = (30, 40)
@@ -198,6 +198,12 @@ def test_fft_shape_has_room_for_the_padding():
     assert all(f >= n + 20 for f, n in zip(frame.fft_shape, frame.box.shape, strict=True))
 
 
+def test_frames_that_differ_by_a_few_pixels_share_a_canvas():
+    frames = [Frame(shape, channels="g", padding=padding) for shape in ((100, 100), (101, 102)) for padding in (21, 24)]
+    # 125 would be a fast length, too, as slow as 128.
+    assert {frame.fft_shape for frame in frames} == {(128, 128)}
+
+
 @pytest.mark.parametrize("channels", [["g", "r", "g"], [("g", 1), ["g", 1]]])
 def test_repeated_channels_are_refused(channels):
     with pytest.raises(ValueError, match=r"must be distinct.*repeat\(s\)\. Epochs of one band are named"):
@@ -228,9 +234,13 @@ def test_one_model_psf_serves_all_channels():
         Frame(SHAPE, channels=["g", "r"], psf=GaussianPSF([0.7, 0.8]))
 
 
-def test_the_model_psf_may_be_an_image():
-    frame = Frame(SHAPE, channels="g", psf=gaussian_image((9, 9), (4, 4), 1.0))
-    assert frame.psf.num_channels == 1
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize(
+    "psf", [gaussian_image((9, 9), (4, 4), 1.0), ImagePSF(np.ones((3, 3))), GaussianPSF(0.7, integrate_pixel=True), 0.7]
+)
+def test_the_model_psf_is_a_gaussian(psf):
+    with pytest.raises(TypeError, match=r"GaussianPSF\(sigma\) in model pixels without integrate_pixel; got"):
+        Frame(SHAPE, channels="g", psf=psf)
 
 
 def test_negative_padding_is_refused():
@@ -278,7 +288,6 @@ def test_the_same_frame_built_twice():
         {"channels": "r"},
         {"padding": 6},
         {"psf": GaussianPSF(0.8)},
-        {"psf": gaussian_image((9, 9), (4, 4), 0.7)},
         {"wcs": None},
         {"wcs": tangent_header(SHAPE, offset=(0.1, 0.0))},
         {"wcs": tangent_header(SHAPE, rotation_deg=1)},

@@ -29,6 +29,9 @@ POSITION_TOLERANCE = 1e-3
 source with a PSF of sigma 1 pixel."""
 MAX_GAIN = 1.5
 """Largest |P/G| accepted: beyond it the model PSF is broader than the observed one."""
+MODE_DIGITS, WINDOW_DIGITS = 3, 4
+"""Leading binary digits of the numbers of modes and of the sides of windows: at most 1/4 and 1/8 more than need be, so
+that images turned by different angles have few distinct shapes. More modes cost little (they carry no light), pixels more."""
 
 
 class AbstractSampling(eqx.Module):
@@ -100,7 +103,8 @@ class Renderer(eqx.Module):
     """The chain from a model image to one observation's pixels; made by `Renderer.match`.
 
     `window`, from `origin`, is the part of the observation that is rendered. Its shape follows from scale and rotation, not
-    from where the frame lies, so it may hold pixels beside the frame; `inside` says which of its pixels are on it.
+    from where the frame lies, and is rounded up, so it may hold pixels beside the frame; `inside` says which of its pixels
+    are on it. `num_modes` is rounded up as well: the transfer function is 0 for those that the PSF can't pass.
     `norm` is the largest eigenvalue of rendering followed by its transpose, per channel, for a wide image without
     aliasing: the squared gain of the transfer function times the observed pixel's area in model pixels.
 
@@ -155,7 +159,7 @@ class Renderer(eqx.Module):
         inside: np.ndarray = np.all(np.abs(position - middle) < np.array([height, width]) / 2 + 1e-6, axis=-1)
         if not inside.any():
             raise ValueError(f"No pixel of {name} lies on the model frame of {height} x {width} pixels.")
-        window = _window(inside, affine, frame.box.shape)
+        window = _window(inside, affine, frame)
         if not is_affine:
             middle = [o + (n - 1) / 2 for o, n in zip(window.origin, window.shape, strict=True)]
             affine = _local_affine(frame, wcs, middle)
@@ -271,15 +275,19 @@ def _local_affine(frame, wcs, middle):
     return np.stack([ends[0] - ends[1], ends[2] - ends[3]], axis=-1)
 
 
-def _window(inside, affine, frame_shape) -> Box:
-    """Return the box of the pixels inside the frame, of a shape that follows from scale and rotation alone."""
-    # An interval of length L holds at most floor(L) + 1 integers; 1e-3: rounding of L must not matter.
-    lengths = np.abs(np.linalg.inv(affine)) @ np.array(frame_shape)
+def _window(inside, affine, frame) -> Box:
+    """Return a box of pixels around those inside the frame, of a shape that follows from scale and rotation alone."""
+    lengths, limits = (np.abs(np.linalg.inv(affine)) @ np.array(shape) for shape in (frame.box.shape, frame.fft_shape))
     bounds = []
-    for axis, length in enumerate(lengths):
+    for axis, (length, limit, count) in enumerate(zip(lengths, limits, inside.shape, strict=True)):
         (used,) = np.nonzero(inside.any(axis=1 - axis))
-        size = min(max(int(length + 1e-3) + 1, used[-1] - used[0] + 1), inside.shape[axis])
-        first = min(used[0], inside.shape[axis] - size)
+        num_used = used[-1] - used[0] + 1
+        # An interval of length L holds at most floor(L) + 1 integers; 1e-3: rounding of L must not matter.
+        needed = max(int(length + 1e-3) + 1, num_used)
+        # No larger than the canvas, from which it is cut where the grids agree.
+        rounded = min(_rounded_up(needed, WINDOW_DIGITS), int(limit + 1e-3))
+        size = min(max(needed, rounded), count)
+        first = min(max(used[0] - (size - num_used) // 2, 0), count - size)
         bounds.append((int(first), int(first + size)))
     return Box.from_bounds(*bounds)
 
@@ -292,15 +300,24 @@ def _pixel_areas(position):
 
 
 def _modes(fft_shape, band_limit, affine):
-    """Return the frequencies (cycles per model pixel) that a PSF of that band limit can pass, in rfft order."""
+    """Return the frequencies (cycles per model pixel) that a PSF of that band limit can pass and some more, in rfft order."""
     reach = np.minimum(0.5, band_limit * np.abs(np.linalg.inv(affine).T).sum(axis=1))
-    largest = [min(int(np.ceil(r * n)), n // 2) for r, n in zip(reach, fft_shape, strict=True)]
-    if 2 * largest[0] + 1 >= fft_shape[0]:
+    needed = [int(np.ceil(r * n)) + 1 for r, n in zip(reach, fft_shape, strict=True)]
+    rows, columns = (
+        min(_rounded_up(count, MODE_DIGITS), n // 2 + 1) for count, n in zip(needed, fft_shape, strict=True)
+    )
+    if 2 * rows - 1 >= fft_shape[0]:
         ky = np.fft.fftfreq(fft_shape[0])
     else:
-        ky = np.concatenate([np.arange(largest[0] + 1), np.arange(-largest[0], 0)]) / fft_shape[0]
-    kx = np.arange(largest[1] + 1) / fft_shape[1]
+        ky = np.concatenate([np.arange(rows), np.arange(1 - rows, 0)]) / fft_shape[0]
+    kx = np.arange(columns) / fft_shape[1]
     return ky, kx, (len(ky), len(kx))
+
+
+def _rounded_up(number: int, digits: int) -> int:
+    """Return the smallest integer >= `number` whose binary digits after the first `digits` are zeros."""
+    step = 1 << max(0, (int(number) - 1).bit_length() - digits)
+    return -(-int(number) // step) * step
 
 
 def _choose_sampling(fft_shape, ky, kx, position, is_affine, affine):
@@ -327,7 +344,7 @@ def _choose_sampling(fft_shape, ky, kx, position, is_affine, affine):
 
 def _nonuniform_sampling(fft_shape, ky, kx, position):
     """Return the non-uniform sampling at any positions; the padded model grid repeats beyond its edges."""
-    counts = len(ky), 2 * len(kx) - 1
+    counts = len(ky), min(2 * len(kx) - 1, fft_shape[1])
     fine_y, fine_x = (fourier.fast_length(int(np.ceil(fourier.OVERSAMPLING * n))) for n in counts)
     fine = fine_y, fine_x
     coordinate = [position[..., a].ravel() * fine[a] / fft_shape[a] for a in (0, 1)]

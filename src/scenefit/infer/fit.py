@@ -23,8 +23,9 @@ from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import pixel_map
 
-FIRST_PRODUCTS, MAX_PRODUCTS = 4, 20
-"""Conjugate-gradient iterations of the first step and of later ones: the first quadratic models aren't worth more."""
+FIRST_PRODUCTS, MAX_PRODUCTS = 4, 400
+"""Conjugate-gradient iterations of the first step, doubled with every step, and of any step at most: the first quadratic
+models aren't worth more."""
 LINEAR_STEPS = 2
 """First steps in which only fluxes and backgrounds move: an exact linear solve but for the bounds."""
 GROWTH_RATIO, GROWTH_SIGNIFICANCE, MAX_GROWTHS = 1.4, 5.0, 3
@@ -59,8 +60,8 @@ class FitResult(eqx.Module):
         Half the chi-square minus the log-prior.
     history : dict of array
         One entry a step: "step", "loss", "seconds", "products" (pairs of a forward and an adjoint rendering so far),
-        "projected_gradient", "remaining" (distance to the minimum of the quadratic model: root mean square over the free
-        parameters, in standard deviations).
+        "projected_gradient", "remaining" (distance to the minimum of the quadratic model in standard deviations: root mean
+        square over the free parameters that the data determine).
     num_steps : int
     timing : dict of float
         Seconds by stage.
@@ -90,7 +91,7 @@ def fit(
     parameters: Parameters | None = None,
     *,
     method: str = "auto",
-    rtol: float = 0.03,
+    rtol: float = 0.02,
     max_steps: int = 100,
     progress: bool = True,
     callback: Callable[[int, dict], None] | None = None,
@@ -111,8 +112,8 @@ def fit(
     method : "auto" or "gauss-newton"
         The projected Gauss-Newton solver, see `scenefit.infer.solvers`.
     rtol : float
-        Converged when the next step, in the quadratic model, would move the free parameters by less than this
-        fraction of their standard deviations (root mean square).
+        Converged when, by the quadratic models of two steps in a row, the minimum is nearer than this fraction of the
+        standard deviations of the free parameters (root mean square over those that the data determine).
     max_steps : int
         Steps at most.
     progress : bool
@@ -181,7 +182,7 @@ class _Run:
                 if row["accepted"] and not linear:
                     if row["remaining"] < GROWTH_TOLERANCE * self.rtol and self.grow():
                         continue
-                    if row["remaining"] < self.rtol:
+                    if max(row["remaining"], self.rows[-2]["remaining"]) < self.rtol:
                         return Status.CONVERGED
                 if float(self.carry.damping) >= solvers.MAX_DAMPING:
                     return Status.STALLED
@@ -193,7 +194,7 @@ class _Run:
         """Take one step and write down what it did."""
         number = len(self.rows)
         problem = _linear_only(self.problem) if number < LINEAR_STEPS else self.problem
-        products = min(MAX_PRODUCTS, FIRST_PRODUCTS * (1 + number))
+        products = min(MAX_PRODUCTS, FIRST_PRODUCTS * 2**number)
         carry, report = _step(problem, self.carry, self.signs, as_integers(products))
         report = jax.device_get(report)
         if number == 0 and not np.isfinite(report.loss):
@@ -206,7 +207,7 @@ class _Run:
             "seconds": time.perf_counter() - self.begin,
             "products": total + int(report.num_products),
             "projected_gradient": float(report.projected_gradient),
-            "remaining": float(np.sqrt(2 * max(report.decrement, 0.0) / max(int(report.num_free), 1))),
+            "remaining": float(np.sqrt(2 * max(report.decrement, 0.0) / max(float(report.num_determined), 1.0))),
             "accepted": bool(report.accepted),
         }
         self.rows.append(row)

@@ -54,7 +54,7 @@ def vector_covariance(
     """
     derivative = _derivative_matrix(problem, state, layout, frame, observations)
     information = (derivative.T @ derivative).tocsr()
-    curvature = np.asarray(_prior_terms(problem, state)[2].vector, dtype=float)
+    curvature = np.asarray(_prior_terms(problem, state.vector)[2], dtype=float)
     information = information + scipy.sparse.diags(curvature)
     free = np.asarray(problem.free.vector) & (information.diagonal() > 0)
     index = np.nonzero(free)[0]
@@ -110,7 +110,7 @@ def _inverse_column(problem: Problem, state: State, number, signs):
     """
     _, forward = jax.linearize(problem.residuals, state)
     transpose = jax.linear_transpose(forward, state)
-    curvature = prior_terms(problem, state)[2]
+    curvature = prior_terms(problem, state.vector)[2]
     face = jax.tree.map(
         lambda x, free, low, high: free & (x > low) & (x < high), state, problem.free, problem.lowest, problem.highest
     )
@@ -127,7 +127,7 @@ def _inverse_column(problem: Problem, state: State, number, signs):
 
         def begin(loop: _Column) -> _Column:
             mean = total / num_probes
-            diagonal = combine(State(mean + 1e-6 * jnp.max(mean, initial=1e-20), pixels), 1.0, curvature)
+            diagonal = State(mean + 1e-6 * jnp.max(mean, initial=1e-20), pixels)
             direction = jax.tree.map(jnp.divide, unit, diagonal)
             energy = dot(unit, direction)
             return eqx.tree_at(
@@ -165,7 +165,7 @@ def _inverse_column(problem: Problem, state: State, number, signs):
         vector = jnp.where(probing, signs[jnp.minimum(loop.count, num_probes - 1)], loop.direction.vector)
         direction = State(vector, tuple(jnp.where(probing, 0.0, d) for d in loop.direction.images))
         (image,) = transpose(forward(direction))
-        image = on_face(face, jax.tree.map(lambda r, h, v: r + h * v, image, curvature, direction))
+        image = on_face(face, State(image.vector + curvature * vector, image.images))
         loop = lax.cond(probing, probe, iterate, loop, image)
         return eqx.tree_at(lambda q: q.count, loop, loop.count + 1)
 
@@ -184,7 +184,7 @@ _prior_terms = compiled(prior_terms)
 def _derivative(problem: Problem, state: State, direction):
     """Return the derivative of the whitened residuals along a direction of the vector."""
     tangent = State(direction, tuple(jnp.zeros_like(image) for image in state.images))
-    return jax.jvp(problem.residuals, (state,), (tangent,))[1]
+    return jax.jvp(lambda at: problem.residuals(at)[0], (state,), (tangent,))[1]
 
 
 def _derivative_matrix(problem, state, layout, frame, observations) -> scipy.sparse.csc_matrix:
@@ -201,7 +201,7 @@ def _derivative_matrix(problem, state, layout, frame, observations) -> scipy.spa
         direction = np.zeros(len(state.vector))
         direction[[coordinate for coordinate, _ in group]] = 1.0
         images = jax.device_get(_derivative(problem, state, as_floats(direction)))
-        for image, start, boxes in zip(images, starts, windows, strict=False):
+        for image, start, boxes in zip(images, starts[:-1], windows, strict=True):
             numbers = np.arange(image.size).reshape(image.shape) + start
             for coordinate, member in group:
                 y0, y1, x0, x1 = boxes[member] if member >= 0 else (0, image.shape[1], 0, image.shape[2])

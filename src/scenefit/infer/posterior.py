@@ -11,8 +11,9 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
+from scenefit.arrays.stamps import bucket_count
 from scenefit.data.observation import Observation
-from scenefit.infer.problem import Image, Leaf, Problem, State, unconstrained
+from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
 from scenefit.model.morphology import PixelMorphology
 from scenefit.model.packing import Member, flux_units, model_psf_sigma, pack
 from scenefit.model.parameters import Parameters, unit_disk
@@ -65,7 +66,7 @@ def build(scene: Scene, observations: Sequence[Observation], parameters: Paramet
         free=State(as_booleans(table.free), free_images),
         lowest=State(as_floats(lowest), image_low),
         highest=State(as_floats(highest), tuple(as_floats(np.full(low.shape, np.inf)) for low in image_low)),
-        priors=table.priors,
+        priors=_stacked_priors(table.priors),
         image_priors=image_priors,
         psf_sigma=as_floats(model_psf_sigma(frame)),
         leaves=table.leaves,
@@ -78,7 +79,7 @@ def build(scene: Scene, observations: Sequence[Observation], parameters: Paramet
 def unpack(
     problem: Problem, state: State, layout: Layout, scene: Scene, observations: Sequence[Observation]
 ) -> tuple[Scene, tuple[Observation, ...]]:
-    """Return the scene and observations with the values of a state; images are scaled to unit sum again."""
+    """Return the scene and observations with the values of a state."""
     stacks, images = jax.tree.map(np.asarray, _fill(problem, state))
     fitted = {}
     for member, (_, component) in zip(layout.members, scene.components(), strict=True):
@@ -119,8 +120,8 @@ def _unpack_component(stack, member, component, frame, flux_unit) -> Source:
     if isinstance(morphology, PixelMorphology):
         (y, x), (height, width) = member.offset, member.box.shape
         image = np.asarray(stack.morphology.image[row, y : y + height, x : x + width], dtype=float)
-        if (total := image.sum()) > 0:
-            flux, morphology = flux * total, PixelMorphology(image, morphology.anchor, morphology.envelope)
+        if image.sum() > 0:
+            morphology = PixelMorphology(image, morphology.anchor, morphology.envelope)
         else:
             flux = np.zeros_like(flux)
     else:
@@ -172,7 +173,8 @@ class _ElementTable:
     """Collects the elements of all leaves that hold something free."""
 
     def __init__(self):
-        self.leaves, self.priors = (), ()
+        self.leaves = ()
+        self.priors: list[tuple[dist.Distribution, np.ndarray, np.ndarray]] = []
         self.start, self.low, self.high = np.zeros(0), np.zeros(0), np.zeros(0)
         self.bounded, self.free, self.index = np.zeros(0, bool), np.zeros(0, bool), np.zeros(0, int)
         self.places: dict[str, np.ndarray] = {}
@@ -202,9 +204,7 @@ class _ElementTable:
             coordinate = value / np.sqrt(np.maximum(1 - np.sum(value**2, axis=-1, keepdims=True), 1e-6))
         for parameter, where in specs:
             if parameter.prior is not None:
-                prior = jax.tree.map(as_floats, parameter.prior)
-                scale = as_floats(units[where].ravel())
-                self.priors += ((prior, as_integers(numbers[where].ravel()), scale),)
+                self.priors.append((parameter.prior, numbers[where].ravel(), units[where].ravel()))
         coordinate_map = "disk" if disk else "identity" if linear else "range"
         self.leaves += (Leaf(kind, number, name, first, first + value.size, shape, coordinate_map),)
         self.start = np.append(self.start, coordinate.ravel())
@@ -272,6 +272,34 @@ def _element_table(stacks, components, channels, observations, parameters, layou
         )
     table.tie(parameters)
     return table
+
+
+def _stacked_priors(priors) -> tuple[Priors, ...]:
+    """Stack priors (distribution, elements, units) whose distributions have the same structure, padding their number.
+
+    Neither the structure of the problem nor the time to compile it depends on how many parameters have a prior.
+    """
+    groups: dict[tuple, list] = {}
+    for prior, index, unit in priors:
+        leaves, structure = jax.tree.flatten(prior)
+        leaves = [np.asarray(leaf, dtype=float) for leaf in leaves]
+        key = structure, len(index), tuple(leaf.shape for leaf in leaves)
+        groups.setdefault(key, []).append((leaves, index, unit))
+    stacked = []
+    for key in sorted(groups, key=str):
+        rows = groups[key]
+        count = bucket_count(len(rows))
+        leaves, index, unit = zip(*rows, *[rows[0]] * (count - len(rows)), strict=True)
+        columns = [as_floats(np.stack(column)) for column in zip(*leaves, strict=True)]
+        stacked.append(
+            Priors(
+                distribution=jax.tree.unflatten(key[0], columns),
+                index=as_integers(np.stack(index)),
+                unit=as_floats(np.stack(unit)),
+                counts=as_booleans(np.arange(count) < len(rows)),
+            )
+        )
+    return tuple(stacked)
 
 
 def _image_bounds(stacks, members, parameters):

@@ -11,7 +11,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+import numpyro.distributions as dist
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from scenefit.data.noise import AbstractNoise
 from scenefit.data.renderer import Renderer
@@ -27,7 +28,7 @@ class State(eqx.Module):
     vector : array, shape (n,)
         Coordinates of everything but images.
     images : tuple of arrays, shape (stack member, h, w)
-        Free-pixel images, one stack each.
+        Free-pixel images, one stack each, of any sum: the model has them scaled to unit sum.
     """
 
     vector: Shaped[Array, " n"]
@@ -72,6 +73,36 @@ class Leaf(eqx.Module):
     map: str = eqx.field(static=True)
 
 
+class Priors(eqx.Module):
+    """Priors of one kind on parameters of one size, evaluated by one operation.
+
+    Attributes
+    ----------
+    distribution : numpyro distribution
+        The leaves of `n` distributions of one structure, stacked along a first axis.
+    index : array of int, shape (n, k)
+        Elements of the parameter that each is for.
+    unit : array, shape (n, k)
+        Their units.
+    counts : array of bool, shape (n,)
+        False for padding.
+    """
+
+    distribution: dist.Distribution
+    index: Int[Array, "n k"]
+    unit: Float[Array, "n k"]
+    counts: Bool[Array, " n"]
+
+    def log_prob(self, elements: Float[Array, " e"]) -> Float[Array, ""]:
+        """Return the sum of the log-densities of all."""
+
+        def one(distribution, value):
+            return jnp.sum(distribution.log_prob(value))
+
+        each = jax.vmap(one)(self.distribution, elements[self.index] * self.unit)
+        return jnp.sum(jnp.where(self.counts, each, 0.0))
+
+
 class Problem(eqx.Module):
     """All that a fit needs, as arrays: two blends of one padded shape differ in values only.
 
@@ -88,8 +119,8 @@ class Problem(eqx.Module):
         What may change.
     lowest, highest : State
         Bounds of the coordinates.
-    priors : tuple of (distribution, int array, array)
-        Distribution, the elements that it holds for, and their unit.
+    priors : tuple of Priors
+        One for each kind.
     image_priors : tuple of (array, array), shape (stack member, h, w)
         Mean and inverse variance of the normal prior of each pixel; inverse variance 0 for none.
     leaves : tuple of Leaf
@@ -105,7 +136,7 @@ class Problem(eqx.Module):
     free: State
     lowest: State
     highest: State
-    priors: tuple
+    priors: tuple[Priors, ...]
     image_priors: tuple
     psf_sigma: Float[Array, ""]
     leaves: tuple[Leaf, ...]
@@ -136,18 +167,26 @@ class Problem(eqx.Module):
         remaining = iter(state.images)
         for number, stack in enumerate(stacks):
             if isinstance(stack.morphology, PixelMorphology):
-                stacks[number] = eqx.tree_at(lambda s: s.morphology.image, stack, next(remaining))
+                stacks[number] = eqx.tree_at(lambda s: s.morphology.image, stack, unit_sum(next(remaining)))
         return stacks, images
 
     def model(self, state: State) -> Float[Array, "channel y x"]:
         """Return the model image on the padded canvas."""
         return evaluate_stacks(self.fill(state)[0], self.psf_sigma, self.canvas)
 
-    def residuals(self, state: State) -> tuple[Float[Array, "channel y x"], ...]:
-        """Return the whitened residuals (model minus data) of every observation."""
+    def residuals(self, state: State) -> tuple[tuple[Float[Array, "_ _ _"], ...], tuple[Float[Array, "_ _ _"], ...]]:
+        """Return all that the loss has as a square: the data's residuals and the pixels' deviations from their priors.
+
+        Returns
+        -------
+        data : tuple of arrays, shape (channel, y, x)
+            Whitened residuals (model minus data), one array an observation.
+        pixels : tuple of arrays, shape (stack member, h, w)
+            Pixels minus the means of their priors, in standard deviations, one array a stack of images.
+        """
         stacks, images = self.fill(state)
         spectrum = jnp.fft.rfft2(evaluate_stacks(stacks, self.psf_sigma, self.canvas))
-        return tuple(
+        data = tuple(
             image.noise.whiten(
                 image.renderer(spectrum, image.shift) * image.gain[:, None, None]
                 + image.background[:, None, None]
@@ -155,27 +194,30 @@ class Problem(eqx.Module):
             )
             for image in images
         )
+        pixels = [stack.morphology.image for stack in stacks if isinstance(stack.morphology, PixelMorphology)]
+        priors = zip(pixels, self.image_priors, strict=True)
+        return data, tuple(jnp.sqrt(weight) * (image - mean) for image, (mean, weight) in priors)
 
     def log_prior(self, vector: Float[Array, " n"]) -> Float[Array, ""]:
         """Return the log-density of the priors at the parameter values."""
         elements = self.elements(vector)
-        return sum(
-            (jnp.sum(prior.log_prob(elements[where] * unit)) for prior, where, unit in self.priors), jnp.zeros(())
-        )
+        return sum((priors.log_prob(elements) for priors in self.priors), jnp.zeros(()))
 
     def loss(self, state: State) -> Float[Array, ""]:
         """Return half the chi-square minus the log-prior."""
-        chi_square = sum(jnp.vdot(residual, residual) for residual in self.residuals(state))
-        return 0.5 * chi_square - self.log_prior(state.vector) + 0.5 * self.image_penalty(state.images)
-
-    def image_penalty(self, images: tuple[Float[Array, "m h w"], ...]) -> Float[Array, ""]:
-        """Return the squared distance of the pixels from the means of their priors, in standard deviations."""
-        terms = [jnp.sum(w * (i - m) ** 2) for i, (m, w) in zip(images, self.image_priors, strict=True)]
-        return sum(terms, jnp.zeros(()))
+        squares = [jnp.vdot(residual, residual) for residual in jax.tree.leaves(self.residuals(state))]
+        return 0.5 * sum(squares) - self.log_prior(state.vector)
 
     def project(self, state: State) -> State:
-        """Return the nearest state within bounds."""
-        return jax.tree.map(jnp.clip, state, self.lowest, self.highest)
+        """Return the nearest state within bounds, its images scaled to unit sum."""
+        inside = jax.tree.map(jnp.clip, state, self.lowest, self.highest)
+        return State(inside.vector, tuple(unit_sum(image) for image in inside.images))
+
+
+def unit_sum(images: Float[Array, "m h w"]) -> Float[Array, "m h w"]:
+    """Return the images scaled to unit sum; those that sum to nothing as they are."""
+    total = jnp.sum(images, axis=(1, 2), keepdims=True)
+    return images / jnp.where(total > 0, total, 1.0)
 
 
 def smooth_range(coordinate, low, high):

@@ -29,8 +29,10 @@ MAX_REJECTIONS = 4
 """Shortenings of a step, by 4 each, before it is computed anew with more damping."""
 FIRST_DAMPING, MIN_DAMPING, MAX_DAMPING = 1e-3, 1e-8, 1e4
 """Levenberg-Marquardt damping relative to the diagonal of J^T J; beyond the largest the solver has stalled."""
-ENERGY_TOLERANCE = 1e-4
-"""Reduction of the preconditioned squared residual at which conjugate gradients stop."""
+SETTLED, GAIN_MEMORY = 0.8, 0.9
+"""Conjugate gradients end when going on as long again as they went, at their recent gain, would lower the quadratic model
+by less than this fraction of what they have (Nash & Sofer 1990, Oper. Res. Lett. 9, 219, doi:10.1016/0167-6377(90)90067-C);
+the recent gain is the largest of the last ones, each counted this much less than the next."""
 
 
 class SolverState(eqx.Module):
@@ -75,11 +77,12 @@ class StepReport(eqx.Module):
     accepted : bool
         Whether the last step's end was better than its beginning.
     decrement : float
-        Decrease of the loss that the quadratic model promises for the next step.
-    num_free : int
-        Coordinates not held by a bound.
+        Decrease of the loss, by the quadratic model, from here to its minimum: what the next step reaches of it, and what
+        the conjugate gradients would still have found at their recent gain.
+    num_determined : float
+        Coordinates not held by a bound that the data determine; a pixel counts by the data's share in its curvature.
     projected_gradient : float
-        Root mean square, over the free coordinates, of the projected gradient in units of the conditional standard
+        Root mean square, over these coordinates, of the projected gradient in units of the conditional standard
         deviations: the distance of a diagonal Newton step.
     num_products : int
         Products with J^T J: pairs of a forward and an adjoint rendering.
@@ -88,7 +91,7 @@ class StepReport(eqx.Module):
     loss: Float[Array, ""]
     accepted: Bool[Array, ""]
     decrement: Float[Array, ""]
-    num_free: Int[Array, ""]
+    num_determined: Float[Array, ""]
     projected_gradient: Float[Array, ""]
     num_products: Int[Array, ""]
 
@@ -105,7 +108,9 @@ class _Loop(eqx.Module):
     remainder: State
     direction: State
     energy: Float[Array, ""]
-    first_energy: Float[Array, ""]
+    iterations: Int[Array, ""]
+    decrement: Float[Array, ""]
+    gain: Float[Array, ""]
 
 
 def start(problem: Problem, state: State) -> SolverState:
@@ -149,24 +154,22 @@ def gauss_newton_step(
     state = carry.trial
     residual, forward = jax.linearize(problem.residuals, state)
     transpose = jax.linear_transpose(forward, state)
-    log_prior, prior_gradient, prior_curvature = prior_terms(problem, state)
-    loss = 0.5 * sum(jnp.vdot(r, r) for r in residual) - log_prior + 0.5 * problem.image_penalty(state.images)
+    log_prior, prior_gradient, prior_curvature = prior_terms(problem, state.vector)
+    loss = 0.5 * dot(residual, residual) - log_prior
     accepted = loss <= carry.loss
     damping = jnp.clip(carry.damping * jnp.where(carry.rejections == 0, 0.3, 1.0), MIN_DAMPING, MAX_DAMPING)
     damping = jnp.where(accepted, damping, carry.damping)
 
     def product(direction: State, weight) -> State:
-        """Return J^T (J direction + weight residual)."""
+        """Return J^T (J direction + weight residual) and the same of the priors on the vector."""
         images = forward(direction)
-        (result,) = transpose(tuple(i + weight * r for i, r in zip(images, residual, strict=True)))
-        return result
+        (result,) = transpose(jax.tree.map(lambda i, r: i + weight * r, images, residual))
+        return State(result.vector + prior_curvature * direction.vector + weight * prior_gradient, result.images)
 
     loop = _solve(
         problem,
         state,
         product,
-        prior_gradient,
-        prior_curvature,
         damping,
         carry.curvature,
         signs,
@@ -181,24 +184,30 @@ def gauss_newton_step(
         loop.gradient,
         loop.diagonal,
     )
-    full = problem.project(combine(state, 1.0, step))
+    # Images count up to a factor: the part of their step that only scales them is left out.
+    shaped = tuple(
+        move - image * jnp.sum(move, axis=(1, 2), keepdims=True)
+        for move, image in zip(step.images, state.images, strict=True)
+    )
+    full = problem.project(combine(state, 1.0, State(step.vector, shaped)))
     rejections = jnp.where(accepted, 0, carry.rejections + 1)
     restart = rejections > MAX_REJECTIONS
     length = jnp.where(restart, 0.0, 0.25**rejections)
     best, target = _select(accepted, (state, full), (carry.best, carry.target))
     trial = problem.project(jax.tree.map(lambda b, t: b + length * (t - b), best, target))
+    determined = _num_determined(problem, loop)
     report = StepReport(
         loss=jnp.where(accepted, loss, carry.loss),
         accepted=accepted,
-        decrement=0.5 * dot(loop.step, jax.tree.map(jnp.negative, loop.gradient)),
-        num_free=_count(loop.face),
-        projected_gradient=_scaled_gradient(problem, state, loop),
+        decrement=loop.decrement + loop.iterations * loop.gain,
+        num_determined=determined,
+        projected_gradient=_scaled_gradient(problem, state, loop) / jnp.sqrt(jnp.maximum(determined, 1.0)),
         num_products=loop.count + 1,
     )
     following = SolverState(
         best=best,
         loss=report.loss,
-        residuals=_select(accepted, residual, carry.residuals),
+        residuals=_select(accepted, residual[0], carry.residuals),
         trial=trial,
         target=target,
         curvature=jnp.where(accepted, loop.curvature, carry.curvature),
@@ -208,9 +217,7 @@ def gauss_newton_step(
     return following, report
 
 
-def _solve(
-    problem, state, product, prior_gradient, prior_curvature, damping, curvature, signs, accepted, max_products
-) -> _Loop:
+def _solve(problem, state, product, damping, curvature, signs, accepted, max_products) -> _Loop:
     """Minimise the quadratic model over the face of free coordinates; does nothing unless `accepted`."""
     num_probes = jnp.where(jnp.max(curvature, initial=0.0) == 0, NUM_PROBES, 0)
     pixel_curvature = image_curvature(problem, state)
@@ -223,7 +230,6 @@ def _solve(
         """Choose the face and the preconditioner; begin the conjugate gradients."""
         estimate = jnp.where(num_probes > 0, loop.curvature / NUM_PROBES, curvature)
         diagonal = State(estimate + 1e-9 * jnp.max(estimate, initial=1e-20), pixel_curvature)
-        diagonal = combine(diagonal, 1.0, prior_curvature)
         face = jax.tree.map(
             lambda x, g, d, free, low, high: free & (x - g / d > low) & (x - g / d < high),
             state,
@@ -236,7 +242,10 @@ def _solve(
         remainder = on_face(face, jax.tree.map(jnp.negative, loop.gradient))
         direction = precondition(remainder, diagonal)
         energy = dot(remainder, direction)
-        return _Loop(loop.count, loop.gradient, estimate, face, diagonal, nothing, remainder, direction, energy, energy)
+        loop = eqx.tree_at(lambda q: (q.curvature, q.face, q.diagonal), loop, (estimate, face, diagonal))
+        return eqx.tree_at(
+            lambda q: (q.remainder, q.direction, q.energy, q.gain), loop, (remainder, direction, energy, energy)
+        )
 
     def set_up(loop: _Loop, result: State) -> _Loop:
         """Take in the gradient (first product) or a probe."""
@@ -257,8 +266,19 @@ def _solve(
         energy = dot(remainder, preconditioned)
         following = combine(preconditioned, energy / jnp.maximum(loop.energy, 1e-30), loop.direction)
         step = combine(loop.step, length, loop.direction)
+        gain = 0.5 * length * loop.energy
         return eqx.tree_at(
-            lambda q: (q.step, q.remainder, q.direction, q.energy), loop, (step, remainder, following, energy)
+            lambda q: (q.step, q.remainder, q.direction, q.energy, q.iterations, q.decrement, q.gain),
+            loop,
+            (
+                step,
+                remainder,
+                following,
+                energy,
+                loop.iterations + 1,
+                loop.decrement + gain,
+                jnp.maximum(gain, GAIN_MEMORY * loop.gain),
+            ),
         )
 
     def body(loop: _Loop) -> _Loop:
@@ -267,30 +287,33 @@ def _solve(
         vector = jnp.where(setting_up, probe, loop.direction.vector)
         images = tuple(jnp.where(setting_up, 0.0, d) for d in loop.direction.images)
         result = product(State(vector, images), jnp.where(first, 1.0, 0.0))
-        result = jax.tree.map(
-            lambda r, h, v, g: r + h * v + jnp.where(first, g, 0.0),
-            result,
-            prior_curvature,
-            State(vector, images),
-            prior_gradient,
-        )
         loop = lax.cond(setting_up, set_up, iterate, loop, result)
         return eqx.tree_at(lambda q: q.count, loop, loop.count + 1)
 
     def unfinished(loop: _Loop):
-        working = (loop.count < max_products + num_probes + 1) & (loop.energy > ENERGY_TOLERANCE * loop.first_energy)
-        return accepted & ((loop.count <= num_probes) | working)
+        ended = loop.iterations * loop.gain < SETTLED * loop.decrement
+        return accepted & ((loop.count <= num_probes) | ((loop.iterations < max_products) & ~ended))
 
-    zero, free = jnp.zeros((), state.vector.dtype), problem.free
-    ones = jax.tree.map(jnp.ones_like, state)
+    zero = jnp.zeros((), state.vector.dtype)
     empty = _Loop(
-        jnp.zeros((), jnp.int32), nothing, jnp.zeros_like(curvature), free, ones, nothing, nothing, nothing, zero, zero
+        count=jnp.zeros((), jnp.int32),
+        gradient=nothing,
+        curvature=jnp.zeros_like(curvature),
+        face=problem.free,
+        diagonal=jax.tree.map(jnp.ones_like, state),
+        step=nothing,
+        remainder=nothing,
+        direction=nothing,
+        energy=zero,
+        iterations=jnp.zeros((), jnp.int32),
+        decrement=zero,
+        gain=zero,
     )
     return lax.while_loop(unfinished, body, empty)
 
 
 def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w"], ...]:
-    """Return a diagonal that bounds J^T J for the pixels of all images from above.
+    """Return a diagonal that bounds J^T J for the pixels of all images from above (but for their scaling to unit sum).
 
     With `u_c = sum_s f_sc m_s` and `|R u|^2 <= lambda_c |u|^2`, the Cauchy-Schwarz inequality with weights f gives
     `D_s(p) = sum_c lambda_c f_sc sum_s' f_s'c` over the sources s' that cover pixel p.
@@ -311,24 +334,21 @@ def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w
         return jnp.einsum("c,cyx->yx", norm * jnp.abs(spectrum), window) + 1e-20
 
     images = [stack for stack in stacks if isinstance(stack.morphology, PixelMorphology)]
-    return tuple(lax.map(one, (stack.origin, stack.spectra, stack.mask)) for stack in images)
+    data = [lax.map(one, (stack.origin, stack.spectra, stack.mask)) for stack in images]
+    return tuple(value + weight for value, (_, weight) in zip(data, problem.image_priors, strict=True))
 
 
-def prior_terms(problem, state: State):
-    """Return the log-prior of the vector, and gradient and diagonal Hessian (where positive) of minus all log-priors."""
-    vector = state.vector
-    pixels = zip(state.images, problem.image_priors, strict=True)
-    gradient = State(jnp.zeros_like(vector), tuple(weight * (image - mean) for image, (mean, weight) in pixels))
-    curvature = State(jnp.zeros_like(vector), tuple(weight for _, weight in problem.image_priors))
+def prior_terms(problem: Problem, vector: Float[Array, " n"]):
+    """Return the log-prior of the vector, and gradient and diagonal Hessian (where positive) of its negative."""
     if not problem.priors:
-        return jnp.zeros((), vector.dtype), gradient, curvature
+        return jnp.zeros((), vector.dtype), jnp.zeros_like(vector), jnp.zeros_like(vector)
     value, slope = jax.value_and_grad(problem.log_prior)(vector)
     bend = jax.jvp(jax.grad(problem.log_prior), (vector,), (jnp.ones_like(vector),))[1]
-    return value, State(-slope, gradient.images), State(jnp.maximum(-bend, 0.0), curvature.images)
+    return value, -slope, jnp.maximum(-bend, 0.0)
 
 
 def _scaled_gradient(problem, state, loop: _Loop):
-    """Return the root mean square of the projected diagonal Newton step in conditional standard deviations."""
+    """Return the length of the projected diagonal Newton step in conditional standard deviations."""
     moves = jax.tree.map(
         lambda x, g, d, free, low, high: jnp.where(free, (jnp.clip(x - g / d, low, high) - x) * jnp.sqrt(d), 0.0),
         state,
@@ -338,19 +358,22 @@ def _scaled_gradient(problem, state, loop: _Loop):
         problem.lowest,
         problem.highest,
     )
-    count = _count(loop.face)
-    return jnp.sqrt(dot(moves, moves) / jnp.maximum(count, 1))
+    return jnp.sqrt(dot(moves, moves))
 
 
-def dot(a: State, b: State) -> Float[Array, ""]:
-    """Return the inner product of two states."""
+def _num_determined(problem: Problem, loop: _Loop) -> Float[Array, ""]:
+    """Return how many coordinates of the face the data determine."""
+    shares = [
+        jnp.where(f, 1 - w / d, 0.0)
+        for f, (_, w), d in zip(loop.face.images, problem.image_priors, loop.diagonal.images, strict=True)
+    ]
+    return sum((jnp.sum(share) for share in shares), jnp.sum(loop.face.vector, dtype=float))
+
+
+def dot(a, b) -> Float[Array, ""]:
+    """Return the inner product of two trees of arrays."""
     products = [jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     return jnp.sum(jnp.stack(products))
-
-
-def _count(face: State) -> Int[Array, ""]:
-    """Return the number of coordinates on the face."""
-    return jnp.sum(jnp.stack([jnp.sum(f) for f in jax.tree.leaves(face)]))
 
 
 def combine(a: State, factor, b: State) -> State:

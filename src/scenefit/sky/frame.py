@@ -14,9 +14,9 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_area
 
 from scenefit.arrays.box import Box
-from scenefit.arrays.fourier import fast_length
+from scenefit.arrays.fourier import coarse_fast_length
 from scenefit.sky import units
-from scenefit.sky.psf import AbstractPSF, GaussianPSF, as_psf
+from scenefit.sky.psf import GaussianPSF
 
 MODEL_PSF_SIGMA = 0.7
 """Standard deviation, in model pixels, of the PSF already in the model image: wide enough to make it band-limited."""
@@ -43,8 +43,9 @@ class Frame(eqx.Module):
         Names of the channels, each once.
     wcs : astropy.wcs.WCS or FITS header, optional
         Celestial coordinates of the pixels; without it positions are pixels only.
-    psf : AbstractPSF or array
-        PSF of the model image; a round Gaussian of 0.7 pixels unless given.
+    psf : GaussianPSF
+        PSF of the model image, pixel response included: a round Gaussian, of 0.7 pixels unless given. (Morphologies are
+        evaluated as they appear through it.)
     padding : int
         Pixels beyond the frame that light must not wrap around in a convolution: half the extent of the widest
         observed PSF, in model pixels. `Frame.from_observations` sets it.
@@ -54,12 +55,14 @@ class Frame(eqx.Module):
     ValueError
         If the shape isn't two positive integers, a channel repeats, the WCS isn't celestial, the PSF has more
         than one channel, or the padding is negative.
+    TypeError
+        If the PSF isn't a round Gaussian.
     """
 
     box: Box
     channels: tuple[Channel, ...] = eqx.field(static=True)
     wcs: WCS | None = eqx.field(static=True)
-    psf: AbstractPSF
+    psf: GaussianPSF
     padding: int = eqx.field(static=True)
 
     def __init__(
@@ -68,7 +71,7 @@ class Frame(eqx.Module):
         *,
         channels: Sequence[Channel | list],
         wcs: WCS | fits.Header | None = None,
-        psf: AbstractPSF | np.ndarray | None = None,
+        psf: GaussianPSF | None = None,
         padding: int = 32,
     ):
         if np.shape(shape) != (2,) or min(shape) < 1 or any(n != int(n) for n in shape):
@@ -76,7 +79,12 @@ class Frame(eqx.Module):
         self.box = Box(shape)
         self.channels = check_channels(channels)
         self.wcs = as_wcs(wcs)
-        self.psf = GaussianPSF(MODEL_PSF_SIGMA) if psf is None else as_psf(psf)
+        self.psf = GaussianPSF(MODEL_PSF_SIGMA) if psf is None else psf
+        if not isinstance(self.psf, GaussianPSF) or self.psf.integrate_pixel:
+            raise TypeError(
+                "The psf of a Frame is that of the model image, a GaussianPSF(sigma) in model pixels without "
+                f"integrate_pixel; got {self.psf!r}. The PSFs of images belong to their observations."
+            )
         if (count := self.psf.num_channels) != 1:
             raise ValueError(f"A Frame wants one model PSF for all channels; got one of {count} channels.")
         if padding < 0:
@@ -90,7 +98,7 @@ class Frame(eqx.Module):
         coverage: str = "union",
         *,
         pixel_scale=None,
-        psf: AbstractPSF | None = None,
+        psf: GaussianPSF | None = None,
     ) -> Frame:
         """Build the frame that covers all observations with the pixels of the finest one.
 
@@ -106,7 +114,7 @@ class Frame(eqx.Module):
             Cover every pixel of every observation, or only what all of them see.
         pixel_scale : Quantity or float, optional
             Model pixel in arcsec, instead of that of the finest observation.
-        psf : AbstractPSF, optional
+        psf : GaussianPSF, optional
             Model PSF, in model pixels.
 
         Raises
@@ -167,8 +175,9 @@ class Frame(eqx.Module):
 
     @property
     def fft_shape(self) -> tuple[int, int]:
-        """Height and width of the zero-padded grid on which the model is convolved."""
-        return fast_length(self.box.shape[0] + self.padding), fast_length(self.box.shape[1] + self.padding)
+        """Height and width of the zero-padded grid on which the model is convolved; coarse, so that many frames share it."""
+        height, width = self.box.shape
+        return coarse_fast_length(height + self.padding), coarse_fast_length(width + self.padding)
 
     @property
     def pixel_scale(self) -> float:
