@@ -1,3 +1,5 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
@@ -20,9 +22,40 @@ def test_fast_length_is_the_next_product_of_2_3_5(length):
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 9, 97, 128, 331])
-def test_coarse_fast_length_is_the_next_fast_multiple_of_8(length):
-    expected = next(n for n in range(max(1, length), 1000) if smooth(n) and n % 8 == 0)
+def test_coarse_fast_length_is_the_next_fast_multiple_of_4(length):
+    expected = next(n for n in range(max(1, length), 1000) if smooth(n) and n % 4 == 0)
     assert fourier.coarse_fast_length(length) == expected
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 7), (4, 1)])
+def test_transforms_and_their_transposes_are_the_direct_sums(rng, shape):
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    ky, kx = np.fft.fftfreq(shape[0]), np.arange(shape[1] // 2 + 1) / shape[1]
+    phase = np.exp(-2j * np.pi * (ky[:, None, None, None] * y + kx[:, None, None] * x))
+    image, weights = rng.normal(size=(2, *shape)), fourier.half_plane_weights(shape[1])
+    modes = rng.normal(size=(2, len(ky), len(kx))) + 1j * rng.normal(size=(2, len(ky), len(kx)))
+
+    def inverse(modes):
+        return fourier.inverse_transform(modes, shape)
+
+    with jax.enable_x64(True):
+        image, modes = jnp.asarray(image), jnp.asarray(modes)
+        spectrum = np.einsum("klyx,cyx->ckl", phase, image)
+        # 1e-12: rounding in double precision.
+        np.testing.assert_allclose(fourier.transform(image), spectrum, atol=1e-12)
+        np.testing.assert_allclose(jax.jvp(fourier.transform, (image,), (image,))[1], spectrum, atol=1e-12)
+        # The transpose, without conjugation, of a map from real to complex numbers: the real part of the sum.
+        transposed = jax.linear_transpose(jax.linearize(fourier.transform, image)[1], image)(modes)[0]
+        np.testing.assert_allclose(transposed, np.einsum("klyx,ckl->cyx", phase, modes).real, atol=1e-12)
+        # The last column of an even width and the first stand for themselves only: their imaginary parts are left out by
+        # the transform along x, so compare with modes of a real image.
+        modes = jnp.asarray(spectrum)
+        total = np.einsum("klyx,ckl,l->cyx", phase.conj(), spectrum, weights).real
+        np.testing.assert_allclose(inverse(modes), total, atol=1e-12)
+        np.testing.assert_allclose(jax.jvp(inverse, (modes,), (modes,))[1], total, atol=1e-12)
+        transposed = jax.linear_transpose(jax.linearize(inverse, modes)[1], modes)(image)[0]
+        expected = np.einsum("klyx,cyx,l->ckl", phase.conj(), image, weights)
+        np.testing.assert_allclose(transposed, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8])

@@ -6,9 +6,15 @@ Conventions: `M(k) = sum_p m(p) exp(-2 pi i k.p)` with p in pixels (y, x) and k 
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.fft
 import scipy.special
+from jax.custom_derivatives import linear_call
+from jaxtyping import Array, Complex, Float
 
 WINDOW_WIDTH = 6
 """Grid points a side of the Kaiser-Bessel window; with a grid twice oversampled its error is at most 1.5e-5
@@ -23,12 +29,12 @@ def fast_length(length: int) -> int:
 
 
 def coarse_fast_length(length: int) -> int:
-    """Return the smallest fast multiple of 8 that is >= `length`.
+    """Return the smallest fast multiple of 4 that is >= `length`.
 
-    There are half as many of them as there are fast lengths, and on average they take no more time: transforms of odd lengths
+    There are fewer of them than there are fast lengths, and on average they take no more time: transforms of odd lengths
     are slow for their size.
     """
-    return 8 * fast_length(-(-int(length) // 8))
+    return 4 * fast_length(-(-int(length) // 4))
 
 
 def half_plane_weights(width: int) -> np.ndarray:
@@ -38,6 +44,50 @@ def half_plane_weights(width: int) -> np.ndarray:
     if width % 2 == 0:
         weights[-1] = 1.0
     return weights
+
+
+@jax.custom_jvp
+def transform(image: Float[Array, "... y x"]) -> Complex[Array, "... k l"]:
+    """Return the Fourier transform of real images, `kx >= 0`: `numpy.fft.rfft2`, with a transpose that is as fast.
+
+    (The transpose that JAX derives takes a complex transform of twice the size.)
+    """
+    return jnp.fft.rfft2(image)
+
+
+@transform.defjvp
+def _transform_jvp(primals, tangents):
+    shape = primals[0].shape[-2:]
+    return transform(*primals), linear_call(_forwards, partial(_forwards_transposed, shape), (), tangents[0])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def inverse_transform(modes: Complex[Array, "... k l"], shape: tuple[int, int]) -> Float[Array, "... y x"]:
+    """Return `sum_k modes(k) exp(2 pi i k.p)` over both half planes on the pixels of `shape`, with a fast transpose."""
+    return jnp.fft.irfft2(modes, s=shape, norm="forward")
+
+
+@inverse_transform.defjvp
+def _inverse_transform_jvp(shape, primals, tangents):
+    derivative = linear_call(partial(_backwards, shape), partial(_backwards_transposed, shape), (), tangents[0])
+    return inverse_transform(*primals, shape), derivative
+
+
+def _forwards(_, image):
+    return jnp.fft.rfft2(image)
+
+
+def _forwards_transposed(shape, _, modes):
+    weights = jnp.asarray(1 / half_plane_weights(shape[1]), modes.real.dtype)
+    return jnp.fft.irfft2(jnp.conj(modes) * weights, s=shape, norm="forward")
+
+
+def _backwards(shape, _, modes):
+    return jnp.fft.irfft2(modes, s=shape, norm="forward")
+
+
+def _backwards_transposed(shape, _, image):
+    return jnp.conj(jnp.fft.rfft2(image)) * jnp.asarray(half_plane_weights(shape[1]), image.dtype)
 
 
 def sample_spectrum(image: np.ndarray, ky: np.ndarray, kx: np.ndarray, origin=(0.0, 0.0), spacing: float = 1.0):

@@ -13,15 +13,16 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Array, Float, Int
 
-BUCKET_RATIO = 1.4
-"""Ratio of successive padded sizes: at most 1.4 times too many pixels a side, few distinct shapes to compile."""
+BUCKET_RATIO = 2**0.5
+"""Ratio of successive padded sizes: few distinct shapes to compile, at most so many times too many pixels a side."""
 
 
 def bucket_size(size: int, smallest: int = 11) -> int:
-    """Return the padded, odd stamp side for a stamp of `size` pixels."""
-    bucket = smallest
+    """Return the padded, odd stamp side for a stamp of `size` pixels: 11, 15, 21, 31, 43, 61, 87, 123, ..."""
+    bucket, number = smallest, 0
     while bucket < size:
-        bucket = round(bucket * BUCKET_RATIO) | 1
+        number += 1
+        bucket = int(smallest * BUCKET_RATIO**number + 1e-9) - 1 | 1
     return bucket
 
 

@@ -54,7 +54,7 @@ class GridSampling(AbstractSampling):
     transpose: bool = eqx.field(static=True)
 
     def __call__(self, modes):  # noqa: D102
-        image = jnp.fft.irfft2(modes, s=self.fft_shape, norm="forward")
+        image = fourier.inverse_transform(modes, self.fft_shape)
         image = image[..., : self.shape[0], : self.shape[1]]
         axes = tuple(axis - 2 for axis in (0, 1) if self.flip[axis])
         image = jnp.flip(image, axes) if axes else image
@@ -90,7 +90,7 @@ class NonuniformSampling(AbstractSampling):
         spectrum = jnp.zeros((channels, self.fine_shape[0], self.fine_shape[1] // 2 + 1), modes.dtype)
         spectrum = spectrum.at[:, :positive, :num_columns].set(modes[:, :positive])
         spectrum = spectrum.at[:, self.fine_shape[0] - (num_rows - positive) :, :num_columns].set(modes[:, positive:])
-        grid = jnp.moveaxis(jnp.fft.irfft2(spectrum, s=self.fine_shape, norm="forward"), 0, -1)
+        grid = jnp.moveaxis(fourier.inverse_transform(spectrum, self.fine_shape), 0, -1)
         offsets = jnp.arange(fourier.WINDOW_WIDTH)
         rows = (self.first[:, 0, None] + offsets) % self.fine_shape[0]
         columns = (self.first[:, 1, None] + offsets) % self.fine_shape[1]
@@ -223,7 +223,8 @@ class Renderer(eqx.Module):
 
 def transform_model(model: Float[Array, "channel y x"], fft_shape: tuple[int, int]) -> Complex[Array, "channel k l"]:
     """Return the Fourier transform of a model image, zero-padded to `fft_shape`."""
-    return jnp.fft.rfft2(model, s=fft_shape)
+    height, width = model.shape[-2:]
+    return fourier.transform(jnp.pad(model, ((0, 0), (0, fft_shape[0] - height), (0, fft_shape[1] - width))))
 
 
 def _select_channels(spectrum, channels: tuple[int, ...]):

@@ -15,7 +15,7 @@ from scenefit.arrays.stamps import bucket_count
 from scenefit.data.observation import Observation
 from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
 from scenefit.model.morphology import PixelMorphology
-from scenefit.model.packing import Member, flux_units, model_psf_sigma, pack
+from scenefit.model.packing import Member, model_psf_sigma, pack
 from scenefit.model.parameters import Parameters, unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
@@ -28,14 +28,11 @@ class Layout(eqx.Module):
     ----------
     members : list of Member
         Where each component is packed.
-    flux_unit : array, shape (channel,)
-        Flux per channel that 1 in the packed model stands for.
     noise_level : list of arrays, shape (channel,)
         Data unit of each observation.
     """
 
     members: list[Member]
-    flux_unit: np.ndarray
     noise_level: list[np.ndarray]
 
 
@@ -53,8 +50,8 @@ def build(scene: Scene, observations: Sequence[Observation], parameters: Paramet
     components = list(scene.components())
     stacks, members = pack(frame, components, unit)
     images = [_as_image(obs, level, unit) for obs, level in zip(observations, levels, strict=True)]
-    layout = Layout(members, unit, levels)
-    table = _element_table(stacks, components, frame.channels, observations, parameters, layout)
+    layout = Layout(members, levels)
+    table = _element_table(stacks, observations, parameters, layout)
     free_images, image_low, image_priors = _image_bounds(stacks, members, parameters)
     lowest, highest = table.coordinate_bounds()
     problem = Problem(
@@ -83,7 +80,7 @@ def unpack(
     stacks, images = jax.tree.map(np.asarray, _fill(problem, state))
     fitted = {}
     for member, (_, component) in zip(layout.members, scene.components(), strict=True):
-        fitted[member.path] = _unpack_component(stacks[member.stack], member, component, scene.frame, layout.flux_unit)
+        fitted[member.path] = _unpack_component(stacks[member.stack], member, component)
     sources = {name: _replace_components(source, f"sources.{name}", fitted) for name, source in scene.sources.items()}
     moved = tuple(
         obs.with_shift(np.asarray(image.shift, float)).with_background(np.asarray(image.background, float) * level)
@@ -95,27 +92,23 @@ def unpack(
 _fill = compiled(Problem.fill)
 
 
-def flux_coordinates(problem: Problem, layout: Layout, scene: Scene) -> list[tuple[np.ndarray, np.ndarray]]:
+def flux_coordinates(problem: Problem, layout: Layout) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return, for every component, which coordinate each entry of its spectrum is (-1: none) and its unit."""
     index = np.asarray(problem.index)
     leaves = {leaf.number: leaf for leaf in problem.leaves if leaf.kind == "stack" and leaf.name == "flux"}
     result = []
-    for member, (_, component) in zip(layout.members, scene.components(), strict=True):
-        count = component.spectrum.flux.shape[0]
-        units = flux_units(component.spectrum.layout(scene.frame.channels), layout.flux_unit, count)
-        where = np.full(count, -1)
+    for member in layout.members:
+        where = np.full(len(member.flux_unit), -1)
         if (leaf := leaves.get(member.stack)) is not None:
-            where = index[leaf.start : leaf.stop].reshape(leaf.shape)[member.row, :count]
-        result.append((where, units))
+            where = index[leaf.start : leaf.stop].reshape(leaf.shape)[member.row]
+        result.append((where, member.flux_unit))
     return result
 
 
-def _unpack_component(stack, member, component, frame, flux_unit) -> Source:
+def _unpack_component(stack, member, component) -> Source:
     """Return a component with the values of its row of a stack."""
     row = member.row
-    count = component.spectrum.flux.shape[0]
-    units = flux_units(component.spectrum.layout(frame.channels), flux_unit, count)
-    flux = np.asarray(stack.flux[row, :count], dtype=float) * units
+    flux = np.asarray(stack.flux[row], dtype=float) * member.flux_unit
     morphology = component.morphology
     if isinstance(morphology, PixelMorphology):
         (y, x), (height, width) = member.offset, member.box.shape
@@ -230,25 +223,22 @@ class _ElementTable:
             self.free[own] = False
 
 
-def _element_table(stacks, components, channels, observations, parameters, layout) -> _ElementTable:
+def _element_table(stacks, observations, parameters, layout) -> _ElementTable:
     """Return the elements of all stacks and observations."""
     table = _ElementTable()
-    rows: list[list[tuple[str, Member, Source]]] = [[] for _ in stacks]
-    for member, (path, component) in zip(layout.members, components, strict=True):
-        rows[member.stack].append((path, member, component))
+    rows: list[list[tuple[str, Member]]] = [[] for _ in stacks]
+    for member in layout.members:
+        rows[member.stack].append((member.path, member))
     for number, stack in enumerate(stacks):
 
-        def entries(suffix, rows=rows[number], count=None):
-            return [
-                (f"{path}.{suffix}", np.s_[m.row] if count is None else np.s_[m.row, :count]) for path, m, _ in rows
-            ]
+        def entries(suffix, rows=rows[number]):
+            return [(f"{path}.{suffix}", np.s_[member.row]) for path, member in rows]
 
         table.add("stack", number, "center", stack.center, entries("center"), parameters, linear=True)
-        num_flux = stack.flux.shape[1]
         units = np.ones(stack.flux.shape)
-        for _, member, component in rows[number]:
-            units[member.row] = flux_units(component.spectrum.layout(channels), layout.flux_unit, num_flux)
-        fluxes = entries("spectrum.flux", count=num_flux)
+        for _, member in rows[number]:
+            units[member.row] = member.flux_unit
+        fluxes = entries("spectrum.flux")
         table.add("stack", number, "flux", stack.flux, fluxes, parameters, linear=True, unit=units)
         for name in stack.morphology.constraints:
             if name != "image":

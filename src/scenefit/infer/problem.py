@@ -14,6 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from scenefit.arrays import fourier
 from scenefit.data.noise import AbstractNoise
 from scenefit.data.renderer import Renderer
 from scenefit.model.morphology import PixelMorphology
@@ -185,7 +186,7 @@ class Problem(eqx.Module):
             Pixels minus the means of their priors, in standard deviations, one array a stack of images.
         """
         stacks, images = self.fill(state)
-        spectrum = jnp.fft.rfft2(evaluate_stacks(stacks, self.psf_sigma, self.canvas))
+        spectrum = fourier.transform(evaluate_stacks(stacks, self.psf_sigma, self.canvas))
         data = tuple(
             image.noise.whiten(
                 image.renderer(spectrum, image.shift) * image.gain[:, None, None]

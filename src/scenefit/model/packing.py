@@ -91,6 +91,8 @@ class Member(eqx.Module):
         The true stamp on the model frame.
     offset : (int, int)
         First pixel of the true stamp on the padded one.
+    flux_unit : array, shape (f,)
+        What 1 stands for in each entry of the packed spectrum.
     """
 
     path: str = eqx.field(static=True)
@@ -98,6 +100,7 @@ class Member(eqx.Module):
     row: int = eqx.field(static=True)
     box: Box
     offset: tuple[int, int] = eqx.field(static=True)
+    flux_unit: np.ndarray
 
 
 def component_box(component: Source, frame: Frame) -> Box:
@@ -165,9 +168,11 @@ def pack(
         key = _stack_key(component, shape)
         origin = tuple(min(o, n - s) for o, n, s in zip(box.origin, limit, shape, strict=True))
         offset = (box.origin[0] - origin[0], box.origin[1] - origin[1])
-        members.append(Member(path, keys.index(key), len(rows[key]), box, offset))
-        rows[key].append((component, box, shape, origin, offset))
-    return [_build_stack(rows[key], frame, unit) for key in keys], members
+        layout = component.spectrum.layout(frame.channels)
+        flux_unit = flux_units(layout, unit, component.spectrum.flux.shape[0])
+        members.append(Member(path, keys.index(key), len(rows[key]), box, offset, flux_unit))
+        rows[key].append((component, members[-1], origin, layout))
+    return [_build_stack(rows[key], key[2], unit) for key in keys], members
 
 
 def merged_buckets(sides: Sequence[int], spare: int) -> list[int]:
@@ -195,42 +200,31 @@ def _stack_key(component, shape):
     return type(morphology).__name__, static, shape, component.spectrum.flux.shape[0]
 
 
-def flux_units(index: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
+def flux_units(layout: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
     """Return the unit in which each of `count` spectrum entries is packed: that of its first channel."""
     values = np.ones(count)
     for channel in range(len(unit) - 1, -1, -1):
-        if index[channel] >= 0:
-            values[index[channel]] = unit[channel]
+        if layout[channel] >= 0:
+            values[layout[channel]] = unit[channel]
     return values
 
 
-def _build_stack(rows, frame, unit) -> Stack:
-    """Stack components (with their boxes, padded shapes, origins and offsets), padding their number."""
-    shape = rows[0][2]
-    count, num_channels = bucket_count(len(rows)), len(frame.channels)
+def _build_stack(rows, shape, unit) -> Stack:
+    """Stack components (with their members, origins and spectrum layouts) on stamps of `shape`, padding their number."""
+    count, num_channels = bucket_count(len(rows)), len(unit)
     num_flux = rows[0][0].spectrum.flux.shape[0]
     flux, gain = np.zeros((count, num_flux)), np.zeros((count, num_channels))
     index = np.zeros((count, num_channels), int)
     center, origin = np.zeros((count, 2)), np.zeros((count, 2), int)
     mask = np.zeros((count, *shape), bool)
-    morphologies = []
-    for n, (component, box, _, corner, offset) in enumerate(rows):
-        layout = component.spectrum.layout(frame.channels)
-        units = flux_units(layout, unit, num_flux)
-        flux[n] = np.asarray(component.spectrum.flux, dtype=float) / units
+    for n, (component, member, corner, layout) in enumerate(rows):
+        flux[n] = np.asarray(component.spectrum.flux, dtype=float) / member.flux_unit
         index[n] = np.maximum(layout, 0)
-        gain[n] = np.where(layout >= 0, units[index[n]] / unit, 0.0)
+        gain[n] = np.where(layout >= 0, member.flux_unit[index[n]] / unit, 0.0)
         center[n], origin[n] = np.asarray(component.center, float), corner
-        window = np.s_[offset[0] : offset[0] + box.shape[0], offset[1] : offset[1] + box.shape[1]]
-        mask[(n, *window)] = True
-        morphology = component.morphology
-        if isinstance(morphology, PixelMorphology):
-            morphology = morphology.padded(shape, offset)
-        morphologies.append(morphology)
-    morphologies += [morphologies[0]] * (count - len(rows))
-    stacked = jax.tree.map(lambda *leaves: as_floats(np.stack([np.asarray(x, float) for x in leaves])), *morphologies)
+        mask[(n, *_window(member))] = True
     return Stack(
-        morphology=stacked,
+        morphology=_stacked_morphologies(rows, mask.shape),
         center=as_floats(center),
         flux=as_floats(flux),
         flux_index=as_integers(index),
@@ -238,3 +232,23 @@ def _build_stack(rows, frame, unit) -> Stack:
         origin=as_integers(origin),
         mask=as_booleans(mask),
     )
+
+
+def _window(member: Member) -> tuple[slice, slice]:
+    """Return where the true stamp lies on the padded one."""
+    (y, x), (height, width) = member.offset, member.box.shape
+    return slice(y, y + height), slice(x, x + width)
+
+
+def _stacked_morphologies(rows, shape):
+    """Return the morphologies of one kind as a single one, its leaves stacked; images placed on the padded stamps."""
+    first = rows[0][0].morphology
+    if isinstance(first, PixelMorphology):
+        images = np.zeros(shape)
+        for n, (component, member, *_) in enumerate(rows):
+            images[(n, *_window(member))] = component.morphology.image
+        blank = PixelMorphology(np.ones((1, 1)), anchor=(0, 0))
+        return eqx.tree_at(lambda m: m.image, blank, as_floats(images))
+    morphologies = [component.morphology for component, *_ in rows]
+    morphologies += [first] * (shape[0] - len(rows))
+    return jax.tree.map(lambda *leaves: as_floats(np.stack([np.asarray(x, float) for x in leaves])), *morphologies)

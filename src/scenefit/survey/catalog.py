@@ -104,7 +104,7 @@ def _fluxes(result: FitResult) -> tuple[np.ndarray, np.ndarray]:
     index, covariance = vector_covariance(problem, state, layout, frame, result.observations)
     place = np.full(len(state.vector), -1)
     place[index] = np.arange(len(index))
-    entries = dict(zip(dict(scene.components()), posterior.flux_coordinates(problem, layout, scene), strict=True))
+    entries = dict(zip(dict(scene.components()), posterior.flux_coordinates(problem, layout), strict=True))
     shape = (len(scene.sources), len(frame.channels))
     flux, error = np.zeros(shape), np.zeros(shape)
     for n, (name, source) in enumerate(scene.sources.items()):
