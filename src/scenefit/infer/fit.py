@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from scenefit.arrays.box import Box
-from scenefit.arrays.compilation import as_booleans, as_integers, compiled
+from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
 from scenefit.infer.problem import Problem, State
@@ -32,8 +32,10 @@ GROWTH_RATIO, GROWTH_SIGNIFICANCE, MAX_GROWTHS = 1.4, 5.0, 3
 """A stamp grows by this ratio where the residual light just outside it exceeds so many standard errors, so many times."""
 ANALYTIC_GROWTH = 1.05
 """The stamp of an analytic profile is made anew where it has become larger than it was by this ratio."""
-GROWTH_TOLERANCE = 4.0
-"""Stamps are checked once the fit is within this multiple of its tolerance."""
+GROWTH_TOLERANCE = CAREFUL_TOLERANCE = 4.0
+"""Stamps are checked, and steps computed carefully, once the fit is within this multiple of its tolerance."""
+SETTLED = (0.8, 0.2)
+"""How far conjugate gradients go: quickly at first, then carefully, since their end says how far the minimum is."""
 
 
 class Status(enum.Enum):
@@ -112,8 +114,8 @@ def fit(
     method : "auto" or "gauss-newton"
         The projected Gauss-Newton solver, see `scenefit.infer.solvers`.
     rtol : float
-        Converged when, by the quadratic models of two steps in a row, the minimum is nearer than this fraction of the
-        standard deviations of the free parameters (root mean square over those that the data determine).
+        Converged when, by a quadratic model solved with care, the minimum is nearer than this fraction of the standard
+        deviations of the free parameters (root mean square over those that the data determine).
     max_steps : int
         Steps at most.
     progress : bool
@@ -182,7 +184,7 @@ class _Run:
                 if row["accepted"] and not linear:
                     if row["remaining"] < GROWTH_TOLERANCE * self.rtol and self.grow():
                         continue
-                    if max(row["remaining"], self.rows[-2]["remaining"]) < self.rtol:
+                    if row["careful"] and row["remaining"] < self.rtol:
                         return Status.CONVERGED
                 if float(self.carry.damping) >= solvers.MAX_DAMPING:
                     return Status.STALLED
@@ -195,7 +197,9 @@ class _Run:
         number = len(self.rows)
         problem = _linear_only(self.problem) if number < LINEAR_STEPS else self.problem
         products = min(MAX_PRODUCTS, FIRST_PRODUCTS * 2**number)
-        carry, report = _step(problem, self.carry, self.signs, as_integers(products))
+        careful = number > LINEAR_STEPS and self.rows[-1]["remaining"] < CAREFUL_TOLERANCE * self.rtol
+        settled = as_floats(SETTLED[careful])
+        carry, report = _step(problem, self.carry, self.signs, as_integers(products), settled)
         report = jax.device_get(report)
         if number == 0 and not np.isfinite(report.loss):
             raise ValueError("The model isn't finite at the start: check the fluxes and shapes of the scene.")
@@ -209,6 +213,7 @@ class _Run:
             "projected_gradient": float(report.projected_gradient),
             "remaining": float(np.sqrt(2 * max(report.decrement, 0.0) / max(float(report.num_determined), 1.0))),
             "accepted": bool(report.accepted),
+            "careful": careful,
         }
         self.rows.append(row)
         bar.update()
@@ -250,7 +255,7 @@ class _Run:
     def result(self, status: Status) -> FitResult:
         """Return the best state so far as a result."""
         scene, observations = self.unpack()
-        names = [name for name in self.rows[0] if name != "accepted"] if self.rows else []
+        names = [name for name in self.rows[0] if name not in ("accepted", "careful")] if self.rows else []
         history = {name: np.array([row[name] for row in self.rows]) for name in names}
         timing = {"first_step": self.rows[0]["seconds"]} if self.rows else {}
         loss = float(self.carry.loss)

@@ -29,10 +29,13 @@ MAX_REJECTIONS = 4
 """Shortenings of a step, by 4 each, before it is computed anew with more damping."""
 FIRST_DAMPING, MIN_DAMPING, MAX_DAMPING = 1e-3, 1e-8, 1e4
 """Levenberg-Marquardt damping relative to the diagonal of J^T J; beyond the largest the solver has stalled."""
-SETTLED, GAIN_MEMORY = 0.8, 0.9
-"""Conjugate gradients end when going on as long again as they went, at their recent gain, would lower the quadratic model
-by less than this fraction of what they have (Nash & Sofer 1990, Oper. Res. Lett. 9, 219, doi:10.1016/0167-6377(90)90067-C);
-the recent gain is the largest of the last ones, each counted this much less than the next."""
+GAIN_MEMORY = 0.9
+"""The recent gain of conjugate gradients is the largest of the last ones, each counted this much less than the next."""
+MAX_ROUNDS, CLIPPED = 4, 0.05
+"""Conjugate gradients go on from where the bounds cut their step, so many times in all, as long as what was cut off is more
+than this fraction of the decrease."""
+GOOD_RATIO, POOR_RATIO = 0.7, 0.3
+"""Actual over promised decrease of the loss above which there is less damping in the next step, below which there is more."""
 
 
 class SolverState(eqx.Module):
@@ -50,6 +53,8 @@ class SolverState(eqx.Module):
         To be evaluated next.
     target : State
         End of the full step from `best`.
+    promise : float
+        Decrease of the loss that the quadratic model expects of the full step.
     curvature : array, shape (n,)
         Diagonal of J^T J for the vector coordinates; 0 until estimated.
     damping : float
@@ -62,6 +67,7 @@ class SolverState(eqx.Module):
     residuals: tuple[Float[Array, "_ _ _"], ...]
     trial: State
     target: State
+    promise: Float[Array, ""]
     curvature: Float[Array, " n"]
     damping: Float[Array, ""]
     rejections: Int[Array, ""]
@@ -96,14 +102,12 @@ class StepReport(eqx.Module):
     num_products: Int[Array, ""]
 
 
-class _Loop(eqx.Module):
-    """Carry of the loop over products with J^T J: first the gradient, then the probes, then conjugate gradients."""
+class _Descent(eqx.Module):
+    """Conjugate gradients on their way: what one phase hands to the next."""
 
-    count: Int[Array, ""]
-    gradient: State
-    curvature: Float[Array, " n"]
+    phase: Int[Array, ""]
+    round: Int[Array, ""]
     face: State
-    diagonal: State
     step: State
     remainder: State
     direction: State
@@ -111,6 +115,18 @@ class _Loop(eqx.Module):
     iterations: Int[Array, ""]
     decrement: Float[Array, ""]
     gain: Float[Array, ""]
+
+
+class _Loop(eqx.Module):
+    """Carry of the loop over products with J^T J: first the gradient, then the probes, then rounds of conjugate gradients."""
+
+    count: Int[Array, ""]
+    gradient: State
+    curvature: Float[Array, " n"]
+    descent: _Descent
+
+
+_SET_UP, _RESTART, _ITERATE, _DONE = range(4)
 
 
 def start(problem: Problem, state: State) -> SolverState:
@@ -121,6 +137,7 @@ def start(problem: Problem, state: State) -> SolverState:
         residuals=tuple(as_floats(np.zeros(image.data.shape)) for image in problem.images),
         trial=state,
         target=state,
+        promise=as_floats(0.0),
         curvature=as_floats(np.zeros(state.vector.shape)),
         damping=as_floats(FIRST_DAMPING),
         rejections=as_integers(0),
@@ -134,7 +151,11 @@ def probe_signs(free: Bool[Array, " n"]) -> Float[Array, "p n"]:
 
 
 def gauss_newton_step(
-    problem: Problem, carry: SolverState, signs: Float[Array, "p n"], max_products: Int[Array, ""]
+    problem: Problem,
+    carry: SolverState,
+    signs: Float[Array, "p n"],
+    max_products: Int[Array, ""],
+    settled: Float[Array, ""],
 ) -> tuple[SolverState, StepReport]:
     """Evaluate the trial state; go on from it by a Gauss-Newton step if it is better, else shorten the last step.
 
@@ -146,6 +167,10 @@ def gauss_newton_step(
         `probe_signs` of the free vector coordinates.
     max_products : int
         Conjugate-gradient iterations at most.
+    settled : float
+        Conjugate gradients end when going on as long again as they went, at their recent gain, would lower the quadratic
+        model by less than this fraction of what they have (Nash & Sofer 1990, Oper. Res. Lett. 9, 219,
+        doi:10.1016/0167-6377(90)90067-C).
 
     Returns
     -------
@@ -157,8 +182,9 @@ def gauss_newton_step(
     log_prior, prior_gradient, prior_curvature = prior_terms(problem, state.vector)
     loss = 0.5 * dot(residual, residual) - log_prior
     accepted = loss <= carry.loss
-    damping = jnp.clip(carry.damping * jnp.where(carry.rejections == 0, 0.3, 1.0), MIN_DAMPING, MAX_DAMPING)
-    damping = jnp.where(accepted, damping, carry.damping)
+    ratio = jnp.where(jnp.isfinite(carry.loss), (carry.loss - loss) / jnp.maximum(carry.promise, 1e-30), 1.0)
+    factor = jnp.where(ratio > GOOD_RATIO, 0.3, jnp.where(ratio < POOR_RATIO, 10.0, 1.0))
+    damping = jnp.clip(carry.damping * jnp.where(accepted, factor, 1.0), MIN_DAMPING, MAX_DAMPING)
 
     def product(direction: State, weight) -> State:
         """Return J^T (J direction + weight residual) and the same of the priors on the vector."""
@@ -166,7 +192,7 @@ def gauss_newton_step(
         (result,) = transpose(jax.tree.map(lambda i, r: i + weight * r, images, residual))
         return State(result.vector + prior_curvature * direction.vector + weight * prior_gradient, result.images)
 
-    loop = _solve(
+    count, gradient, diagonal, descent = _solve(
         problem,
         state,
         product,
@@ -175,34 +201,23 @@ def gauss_newton_step(
         signs,
         accepted,
         max_products,
+        settled,
     )
-    step = jax.tree.map(
-        lambda f, s, free, g, d: jnp.where(f, s, jnp.where(free, -g / (d * (1 + damping)), 0.0)),
-        loop.face,
-        loop.step,
-        problem.free,
-        loop.gradient,
-        loop.diagonal,
-    )
-    # Images count up to a factor: the part of their step that only scales them is left out.
-    shaped = tuple(
-        move - image * jnp.sum(move, axis=(1, 2), keepdims=True)
-        for move, image in zip(step.images, state.images, strict=True)
-    )
-    full = problem.project(combine(state, 1.0, State(step.vector, shaped)))
+    full = problem.project(combine(state, 1.0, descent.step))
     rejections = jnp.where(accepted, 0, carry.rejections + 1)
     restart = rejections > MAX_REJECTIONS
     length = jnp.where(restart, 0.0, 0.25**rejections)
     best, target = _select(accepted, (state, full), (carry.best, carry.target))
     trial = problem.project(jax.tree.map(lambda b, t: b + length * (t - b), best, target))
-    determined = _num_determined(problem, loop)
+    determined = _num_determined(problem, descent.face, diagonal)
     report = StepReport(
         loss=jnp.where(accepted, loss, carry.loss),
         accepted=accepted,
-        decrement=loop.decrement + loop.iterations * loop.gain,
+        decrement=descent.decrement + descent.iterations * descent.gain,
         num_determined=determined,
-        projected_gradient=_scaled_gradient(problem, state, loop) / jnp.sqrt(jnp.maximum(determined, 1.0)),
-        num_products=loop.count + 1,
+        projected_gradient=_scaled_gradient(problem, state, gradient, diagonal)
+        / jnp.sqrt(jnp.maximum(determined, 1.0)),
+        num_products=count + 1,
     )
     following = SolverState(
         best=best,
@@ -210,106 +225,145 @@ def gauss_newton_step(
         residuals=_select(accepted, residual[0], carry.residuals),
         trial=trial,
         target=target,
-        curvature=jnp.where(accepted, loop.curvature, carry.curvature),
+        promise=jnp.where(accepted, descent.decrement, carry.promise),
+        curvature=jnp.where(accepted, diagonal.vector, carry.curvature),
         damping=jnp.where(restart, jnp.minimum(damping * 30, MAX_DAMPING), damping),
         rejections=jnp.where(restart, 0, rejections),
     )
     return following, report
 
 
-def _solve(problem, state, product, damping, curvature, signs, accepted, max_products) -> _Loop:
-    """Minimise the quadratic model over the face of free coordinates; does nothing unless `accepted`."""
+def _solve(problem, state, product, damping, curvature, signs, accepted, max_products, settled):
+    """Minimise the quadratic model over the face of free coordinates; does nothing unless `accepted`.
+
+    Returns
+    -------
+    count : int
+        Products.
+    gradient, diagonal : State
+        Gradient of the loss, and diagonal of its Hessian.
+    descent : _Descent
+    """
     num_probes = jnp.where(jnp.max(curvature, initial=0.0) == 0, NUM_PROBES, 0)
     pixel_curvature = image_curvature(problem, state)
     nothing = jax.tree.map(jnp.zeros_like, state)
 
-    def precondition(remainder, diagonal):
-        return jax.tree.map(lambda r, d: r / (d * (1 + damping)), remainder, diagonal)
-
-    def begin(loop: _Loop) -> _Loop:
-        """Choose the face and the preconditioner; begin the conjugate gradients."""
+    def diagonal(loop: _Loop) -> State:
         estimate = jnp.where(num_probes > 0, loop.curvature / NUM_PROBES, curvature)
-        diagonal = State(estimate + 1e-9 * jnp.max(estimate, initial=1e-20), pixel_curvature)
-        face = jax.tree.map(
-            lambda x, g, d, free, low, high: free & (x - g / d > low) & (x - g / d < high),
+        return State(estimate + 1e-9 * jnp.max(estimate, initial=1e-20), pixel_curvature)
+
+    def damped(result: State, loop: _Loop, direction: State) -> State:
+        return jax.tree.map(lambda r, d, v: r + damping * d * v, result, diagonal(loop), direction)
+
+    def precondition(remainder: State, loop: _Loop) -> State:
+        return jax.tree.map(lambda r, d: r / (d * (1 + damping)), remainder, diagonal(loop))
+
+    def iterate(loop: _Loop, result: State) -> _Descent:
+        """Take one conjugate-gradient iteration; does nothing in other phases."""
+        descent = loop.descent
+        iterating = descent.phase == _ITERATE
+        image = on_face(descent.face, damped(result, loop, descent.direction))
+        length = jnp.where(iterating, descent.energy / jnp.maximum(dot(descent.direction, image), 1e-30), 0.0)
+        remainder = combine(descent.remainder, -length, image)
+        preconditioned = precondition(remainder, loop)
+        energy = dot(remainder, preconditioned)
+        gain = 0.5 * length * descent.energy
+        iterations, decrement = descent.iterations + iterating, descent.decrement + gain
+        recent = jnp.maximum(gain, GAIN_MEMORY * descent.gain)
+        return _Descent(
+            phase=descent.phase,
+            round=descent.round,
+            face=descent.face,
+            step=combine(descent.step, length, descent.direction),
+            remainder=remainder,
+            direction=combine(preconditioned, energy / jnp.maximum(descent.energy, 1e-30), descent.direction),
+            energy=energy,
+            iterations=iterations,
+            decrement=decrement,
+            gain=recent,
+        )
+
+    def bound(loop: _Loop, descent: _Descent, _) -> _Descent:
+        """Choose the face from a diagonal step, or end the step at the bounds and leave those it met out of the face.
+
+        What isn't on the face goes to its bound, or the way of the diagonal step.
+        """
+        # Images count up to a factor: the part of their step that only scales them is left out.
+        pairs = zip(descent.step.images, state.images, strict=True)
+        shaped = tuple(move - image * jnp.sum(move, axis=(1, 2), keepdims=True) for move, image in pairs)
+        first = descent.phase == _SET_UP
+        wanted = _select(
+            first, precondition(on_face(problem.free, loop.gradient), loop), State(descent.step.vector, shaped)
+        )
+        end = combine(state, jnp.where(first, -1.0, 1.0), wanted)
+        inside = jax.tree.map(lambda e, low, high: (e > low) & (e < high), end, problem.lowest, problem.highest)
+        step = jax.tree.map(
+            lambda e, i, x, low, high: jnp.where(first & i, 0.0, jnp.clip(e, low, high) - x),
+            end,
+            inside,
             state,
-            loop.gradient,
-            diagonal,
-            problem.free,
             problem.lowest,
             problem.highest,
         )
-        remainder = on_face(face, jax.tree.map(jnp.negative, loop.gradient))
-        direction = precondition(remainder, diagonal)
-        energy = dot(remainder, direction)
-        loop = eqx.tree_at(lambda q: (q.curvature, q.face, q.diagonal), loop, (estimate, face, diagonal))
+        excess = on_face(jax.tree.map(jnp.logical_not, inside), combine(wanted, -1.0, step))
+        lost = 0.5 * dot(excess, jax.tree.map(jnp.multiply, diagonal(loop), excess))
+        again = first | ((lost > CLIPPED * descent.decrement) & (descent.round < MAX_ROUNDS))
         return eqx.tree_at(
-            lambda q: (q.remainder, q.direction, q.energy, q.gain), loop, (remainder, direction, energy, energy)
-        )
-
-    def set_up(loop: _Loop, result: State) -> _Loop:
-        """Take in the gradient (first product) or a probe."""
-        first = loop.count == 0
-        gradient = jax.tree.map(lambda r, g: jnp.where(first, r, g), result, loop.gradient)
-        # Absolute values: an estimate near zero by chance would let one coordinate rule the conjugate gradients.
-        sample = jnp.where(first, 0.0, jnp.abs(signs[loop.count - 1] * result.vector))
-        loop = eqx.tree_at(lambda q: (q.gradient, q.curvature), loop, (gradient, loop.curvature + sample))
-        return lax.cond(loop.count == num_probes, begin, lambda q: q, loop)
-
-    def iterate(loop: _Loop, result: State) -> _Loop:
-        """Take one conjugate-gradient iteration."""
-        damped = jax.tree.map(lambda r, d, v: r + damping * d * v, result, loop.diagonal, loop.direction)
-        damped = on_face(loop.face, damped)
-        length = loop.energy / jnp.maximum(dot(loop.direction, damped), 1e-30)
-        remainder = combine(loop.remainder, -length, damped)
-        preconditioned = precondition(remainder, loop.diagonal)
-        energy = dot(remainder, preconditioned)
-        following = combine(preconditioned, energy / jnp.maximum(loop.energy, 1e-30), loop.direction)
-        step = combine(loop.step, length, loop.direction)
-        gain = 0.5 * length * loop.energy
-        return eqx.tree_at(
-            lambda q: (q.step, q.remainder, q.direction, q.energy, q.iterations, q.decrement, q.gain),
-            loop,
+            lambda q: (q.phase, q.round, q.face, q.step),
+            descent,
             (
+                jnp.where(again, _RESTART, _DONE).astype(jnp.int32),
+                descent.round + 1,
+                jax.tree.map(lambda f, i: f & (i | ~again), descent.face, inside),
                 step,
-                remainder,
-                following,
-                energy,
-                loop.iterations + 1,
-                loop.decrement + gain,
-                jnp.maximum(gain, GAIN_MEMORY * loop.gain),
             ),
         )
 
+    def restart(loop: _Loop, descent: _Descent, result: State) -> _Descent:
+        """Begin conjugate gradients with the gradient of the quadratic model at the present step."""
+        slope = damped(result, loop, descent.step)
+        remainder = on_face(descent.face, jax.tree.map(jnp.negative, slope))
+        direction = precondition(remainder, loop)
+        energy = dot(remainder, direction)
+        return _Descent(
+            phase=jnp.asarray(_ITERATE, jnp.int32),
+            round=descent.round,
+            face=descent.face,
+            step=descent.step,
+            remainder=remainder,
+            direction=direction,
+            energy=energy,
+            iterations=jnp.zeros((), jnp.int32),
+            decrement=-0.5 * dot(descent.step, combine(slope, 1.0, loop.gradient)),
+            gain=energy,
+        )
+
     def body(loop: _Loop) -> _Loop:
-        first, setting_up = loop.count == 0, loop.count <= num_probes
+        descent = loop.descent
+        first, setting_up, restarting = loop.count == 0, loop.count <= num_probes, descent.phase == _RESTART
         probe = jnp.where(first, 0.0, signs[loop.count - 1])
-        vector = jnp.where(setting_up, probe, loop.direction.vector)
-        images = tuple(jnp.where(setting_up, 0.0, d) for d in loop.direction.images)
-        result = product(State(vector, images), jnp.where(first, 1.0, 0.0))
-        loop = lax.cond(setting_up, set_up, iterate, loop, result)
-        return eqx.tree_at(lambda q: q.count, loop, loop.count + 1)
+        inner = _select(restarting, descent.step, descent.direction)
+        vector = jnp.where(setting_up, probe, inner.vector)
+        images = tuple(jnp.where(setting_up, 0.0, d) for d in inner.images)
+        result = product(State(vector, images), jnp.where(first | restarting, 1.0, 0.0))
+        # Absolute values: an estimate near zero by chance would let one coordinate rule the conjugate gradients.
+        sample = jnp.where(setting_up & ~first, jnp.abs(probe * result.vector), 0.0)
+        loop = _Loop(
+            loop.count + 1, _select(first, result, loop.gradient), loop.curvature + sample, iterate(loop, result)
+        )
+        descent = loop.descent
+        settling = descent.iterations * descent.gain < settled * descent.decrement
+        ended = jnp.where(setting_up, loop.count > num_probes, settling | (loop.count > max_products + num_probes + 1))
+        number = jnp.where(restarting, 2, jnp.where(ended, 1, 0))
+        turns = (lambda _, descent, __: descent, bound, restart)
+        return eqx.tree_at(lambda q: q.descent, loop, lax.switch(number, turns, loop, descent, result))
 
-    def unfinished(loop: _Loop):
-        ended = loop.iterations * loop.gain < SETTLED * loop.decrement
-        return accepted & ((loop.count <= num_probes) | ((loop.iterations < max_products) & ~ended))
-
-    zero = jnp.zeros((), state.vector.dtype)
-    empty = _Loop(
-        count=jnp.zeros((), jnp.int32),
-        gradient=nothing,
-        curvature=jnp.zeros_like(curvature),
-        face=problem.free,
-        diagonal=jax.tree.map(jnp.ones_like, state),
-        step=nothing,
-        remainder=nothing,
-        direction=nothing,
-        energy=zero,
-        iterations=jnp.zeros((), jnp.int32),
-        decrement=zero,
-        gain=zero,
-    )
-    return lax.while_loop(unfinished, body, empty)
+    zero, none = jnp.zeros((), state.vector.dtype), jnp.zeros((), jnp.int32)
+    phase = jnp.where(accepted, _SET_UP, _DONE).astype(jnp.int32)
+    empty = _Descent(phase, none, problem.free, nothing, nothing, nothing, zero, none, zero, zero)
+    loop = _Loop(none, nothing, jnp.zeros_like(curvature), empty)
+    loop = lax.while_loop(lambda loop: loop.descent.phase != _DONE, body, loop)
+    return loop.count, loop.gradient, diagonal(loop), loop.descent
 
 
 def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w"], ...]:
@@ -347,13 +401,13 @@ def prior_terms(problem: Problem, vector: Float[Array, " n"]):
     return value, -slope, jnp.maximum(-bend, 0.0)
 
 
-def _scaled_gradient(problem, state, loop: _Loop):
+def _scaled_gradient(problem, state: State, gradient: State, diagonal: State):
     """Return the length of the projected diagonal Newton step in conditional standard deviations."""
     moves = jax.tree.map(
         lambda x, g, d, free, low, high: jnp.where(free, (jnp.clip(x - g / d, low, high) - x) * jnp.sqrt(d), 0.0),
         state,
-        loop.gradient,
-        loop.diagonal,
+        gradient,
+        diagonal,
         problem.free,
         problem.lowest,
         problem.highest,
@@ -361,13 +415,11 @@ def _scaled_gradient(problem, state, loop: _Loop):
     return jnp.sqrt(dot(moves, moves))
 
 
-def _num_determined(problem: Problem, loop: _Loop) -> Float[Array, ""]:
+def _num_determined(problem: Problem, face: State, diagonal: State) -> Float[Array, ""]:
     """Return how many coordinates of the face the data determine."""
-    shares = [
-        jnp.where(f, 1 - w / d, 0.0)
-        for f, (_, w), d in zip(loop.face.images, problem.image_priors, loop.diagonal.images, strict=True)
-    ]
-    return sum((jnp.sum(share) for share in shares), jnp.sum(loop.face.vector, dtype=float))
+    stacks = zip(face.images, problem.image_priors, diagonal.images, strict=True)
+    shares = [jnp.sum(jnp.where(on, 1 - weight / total, 0.0)) for on, (_, weight), total in stacks]
+    return sum(shares, jnp.sum(face.vector, dtype=float))
 
 
 def dot(a, b) -> Float[Array, ""]:
