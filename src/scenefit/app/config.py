@@ -46,7 +46,7 @@ class Settings:
     free_background: tuple[str, ...] = ()
     coverage: str = "union"
     zeropoints: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    rtol: float = 0.03
+    rtol: float = 0.02
     max_steps: int = 100
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import pixel_map
 
-FIRST_PRODUCTS, MAX_PRODUCTS = 4, 400
+FIRST_PRODUCTS, MAX_PRODUCTS = 3, 400
 """Conjugate-gradient iterations of the first step, doubled with every step, and of any step at most: the first quadratic
 models aren't worth more."""
 LINEAR_STEPS = 2
