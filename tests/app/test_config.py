@@ -74,7 +74,7 @@ class TestSettings:
             ({"rtol": -1.0}, r"rtol must be positive"),
             ({"rtol": float("nan")}, r"rtol must be positive .*; got nan"),
             ({"rtol": float("inf")}, r"rtol must be positive and finite, .*; got inf"),
-            ({"max_steps": 0}, r"max_steps at least 1; got 0\.03 and 0"),
+            ({"max_steps": 0}, r"max_steps at least 1; got 0\.02 and 0"),
         ],
     )
     def test_bad_values(self, field, options, message):

@@ -22,8 +22,8 @@ def test_fast_length_is_the_next_product_of_2_3_5(length):
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 9, 97, 128, 331])
-def test_coarse_fast_length_is_the_next_fast_multiple_of_4(length):
-    expected = next(n for n in range(max(1, length), 1000) if smooth(n) and n % 4 == 0)
+def test_coarse_fast_length_is_the_next_fast_multiple_of_8(length):
+    expected = next(n for n in range(max(1, length), 1000) if smooth(n) and n % 8 == 0)
     assert fourier.coarse_fast_length(length) == expected
 
 

@@ -29,12 +29,12 @@ def fast_length(length: int) -> int:
 
 
 def coarse_fast_length(length: int) -> int:
-    """Return the smallest fast multiple of 4 that is >= `length`.
+    """Return the smallest fast multiple of 8 that is >= `length`.
 
     There are fewer of them than there are fast lengths, and on average they take no more time: transforms of odd lengths
     are slow for their size.
     """
-    return 4 * fast_length(-(-int(length) // 4))
+    return 8 * fast_length(-(-int(length) // 8))
 
 
 def half_plane_weights(width: int) -> np.ndarray:

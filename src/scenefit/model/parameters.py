@@ -267,7 +267,7 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
         return False
 
 
-ENVELOPE_SCATTER = 2.0
+ENVELOPE_SCATTER = 4.0
 """Standard deviation of a free pixel around its envelope, as a fraction of the envelope."""
 _UNITS = {"half_light_radius": "pixel", "image": ""}
 
