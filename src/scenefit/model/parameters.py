@@ -293,5 +293,5 @@ def _envelope_prior(morphology) -> dist.Distribution | None:
     """Return the prior of the pixels of an image around its envelope, if it has one."""
     if morphology.envelope is None:
         return None
-    floor = 1e-3 * morphology.envelope.max()
-    return dist.Normal(morphology.envelope, ENVELOPE_SCATTER * np.maximum(morphology.envelope, 1e-3 * floor))
+    floor = 1e-6 * morphology.envelope.max()
+    return dist.Normal(morphology.envelope, ENVELOPE_SCATTER * np.maximum(morphology.envelope, floor))
