@@ -65,7 +65,7 @@ def vector_covariance(
     blocks = []
     for first, last in itertools.pairwise(starts):
         members = order[first:last]
-        blocks.append(_inverse(information[members][:, members].toarray()))
+        blocks.append(scipy.sparse.coo_matrix(_inverse(information[members][:, members].toarray())))
     inverse = scipy.sparse.block_diag(blocks, format="csr") if blocks else scipy.sparse.csr_matrix((0, 0))
     place = np.argsort(order)
     return index, inverse[place][:, place]
