@@ -34,6 +34,8 @@ GAIN_MEMORY = 0.9
 MAX_ROUNDS, CLIPPED = 4, 0.05
 """Conjugate gradients go on from where the bounds cut their step, so many times in all, as long as what was cut off is more
 than this fraction of the decrease."""
+ROUNDING = 4.0
+"""Rounding of the loss in units of the machine's precision."""
 GOOD_RATIO, POOR_RATIO = 0.7, 0.3
 """Actual over promised decrease of the loss above which there is less damping in the next step, below which there is more."""
 
@@ -181,9 +183,13 @@ def gauss_newton_step(
     transpose = jax.linear_transpose(forward, state)
     log_prior, prior_gradient, prior_curvature = prior_terms(problem, state.vector)
     loss = 0.5 * dot(residual, residual) - log_prior
-    accepted = loss <= carry.loss
+    # A decrease below the rounding of the loss can't be seen in it: such a step is taken as the model has it.
+    rounding = ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(carry.loss)
+    is_tiny = jnp.isfinite(carry.loss) & (carry.promise < rounding)
+    accepted = loss <= carry.loss + jnp.where(is_tiny, rounding, 0.0)
     ratio = jnp.where(jnp.isfinite(carry.loss), (carry.loss - loss) / jnp.maximum(carry.promise, 1e-30), 1.0)
     factor = jnp.where(ratio > GOOD_RATIO, 0.3, jnp.where(ratio < POOR_RATIO, 10.0, 1.0))
+    factor = jnp.where(is_tiny, 1.0, factor)
     damping = jnp.clip(carry.damping * jnp.where(accepted, factor, 1.0), MIN_DAMPING, MAX_DAMPING)
 
     def product(direction: State, weight) -> State:
