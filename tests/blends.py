@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 
 from scenefit.data.observation import Observation
@@ -206,3 +209,12 @@ def fitted_shift(scale=1.0) -> FitResult:
     """Return the fit of a blend whose coarse image has an offset and a background, both free."""
     observations = observe(shift=DISPLACEMENT, background=BACKGROUND, scale=scale)
     return fit_blend(observations, free_coarse=True, scale=scale)
+
+
+def dense_jacobian(problem, state):
+    """Derivatives of all whitened residuals, as columns: vector coordinates, then pixels of all images."""
+    vector, unravel = jax.flatten_util.ravel_pytree(state)
+    forward = jax.jit(
+        jax.linearize(lambda v: jax.flatten_util.ravel_pytree(problem.residuals(unravel(v)))[0], vector)[1]
+    )
+    return np.stack([np.asarray(forward(unit), float) for unit in jnp.eye(len(vector))], axis=-1)

@@ -57,8 +57,8 @@ def main(name: str):
         print(f'{coverage}: {each.shape} (channel, y, x), {each.pixel_scale:.3f}" a pixel, {", ".join(each.channels)}')
     plot_frames({"union": frame, "intersection": inner}, observations, positions).savefig("02_frames.png", dpi=150)
 
-    # Shapes start from the image with the sharpest PSF, fluxes in all bands from apertures around the positions. The start
-    # may be rough, as the residuals in the figure show: the fit begins by solving for all fluxes at once.
+    # Shapes start from the image with the sharpest PSF: smooth envelopes. Fluxes are those with which all envelopes together
+    # fit each band best. The residuals in the figure show what is left to the fit: all that isn't smooth.
     scene = sf.initialize(frame, observations, positions)
     sf.plot.scene(scene, observations).savefig("02_start.png", dpi=150)
 

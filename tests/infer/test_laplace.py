@@ -1,6 +1,5 @@
 import jax
 import jax.flatten_util
-import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
@@ -13,17 +12,8 @@ from scenefit.model.scene import Scene
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
-from tests.blends import fitted_shift, frame_of, gaussian_density, observe, true_scene
+from tests.blends import dense_jacobian, fitted_shift, frame_of, gaussian_density, observe, true_scene
 from tests.helpers import make_observation
-
-
-def jacobian(problem, state):
-    """Derivatives of all whitened residuals, as columns: vector coordinates, then pixels of all images."""
-    vector, unravel = jax.flatten_util.ravel_pytree(state)
-    forward = jax.jit(
-        jax.linearize(lambda v: jax.flatten_util.ravel_pytree(problem.residuals(unravel(v)))[0], vector)[1]
-    )
-    return np.stack([np.asarray(forward(unit), float) for unit in jnp.eye(len(vector))], axis=-1)
 
 
 def build_precise(tie=False):
@@ -44,7 +34,7 @@ def test_vector_covariance_equals_the_dense_inverse(tie):
     with jax.enable_x64(True):
         problem, state, layout, frame, observations = build_precise(tie)
         index, covariance = vector_covariance(problem, state, layout, frame, observations)
-        columns = jacobian(problem, state)
+        columns = dense_jacobian(problem, state)
         radius = next(leaf for leaf in problem.leaves if leaf.name == "morphology.half_light_radius").start + 1
         # The prior on a radius r = exp(c): the density in r, curvature (r / sigma)^2 of its square, as r sits on the mean.
         curvature = np.zeros(columns.shape[1])
@@ -92,7 +82,7 @@ def pixel_problem():
     scene = Scene(frame, sources)
     parameters = Parameters.default(scene, observations).free("observations.blurred.astrometry.shift")
     problem, state, _ = posterior.build(scene, observations, parameters)
-    return problem, state, jacobian(problem, state)
+    return problem, state, dense_jacobian(problem, state)
 
 
 @pytest.mark.parametrize("name", ["shift", "center", "flux"])

@@ -148,6 +148,22 @@ def test_point_through_a_psf_is_that_psf(sigma, tolerance, fraction):
     assert image.sum() == pytest.approx(1.0, abs=0.5 * tolerance)
 
 
+@pytest.mark.parametrize(("radius", "smallest", "largest"), [(1.0, 4e-4, 8e-4), (0.5, 8e-3, 1.6e-2)])
+def test_small_gaussians_are_off_by_what_the_documentation_says(radius, smallest, largest):
+    """Their samples are not band-limited: half of a known defect's size would be news, and twice its size as well."""
+    shape, sigma = (41, 41), 0.78
+    frame = Frame(shape, channels="g", padding=20)
+    obs = Observation(np.zeros(shape), sigma=1.0, psf=GaussianPSF(sigma), channels="g", name="one").match(frame)
+    worst = 0.0
+    for fraction in ((0.0, 0.0), (0.5, 0.5), (0.3, -0.2)):
+        center = np.array([20.0, 20.0]) + fraction
+        image = np.asarray(obs.render(Scene(frame, [Source(center, [1.0], GaussianMorphology(radius))]))[0])
+        total = np.hypot(radius / np.sqrt(2 * np.log(2)), sigma)
+        expected = np.outer(*(band_limited(np.arange(41) - at, total) for at in center))
+        worst = max(worst, np.abs(image - expected).max() / expected.max())
+    assert smallest < worst < largest
+
+
 @pytest.mark.parametrize("ellipticity", [(0.0, 0.0), (0.5, 0.0), (-0.2, 0.5)])
 def test_half_the_light_inside_the_half_light_radius(ellipticity):
     morphology = GaussianMorphology(2.0, ellipticity)

@@ -9,6 +9,8 @@ from scenefit.data.observation import Observation
 from scenefit.infer.fit import fit
 from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
 from scenefit.model.packing import component_box
+from scenefit.sky.frame import Frame
+from scenefit.sky.psf import GaussianPSF
 from scenefit.survey.catalog import catalog as make_catalog
 from scenefit.survey.initialize import detection_image, fit_rings, initialize
 from tests.blends import FINE_SCALE, GALAXIES, frame_of, gaussian_density, observe, on_frame
@@ -224,6 +226,30 @@ def test_catalogues_without_use(frame, observations, catalog, message):
 def test_an_unknown_model(frame, observations, positions):
     with pytest.raises(ValueError, match="model is 'pixel', 'gaussian' or 'point'; got 'sersic'"):
         initialize(frame, observations, positions, model="sersic")
+
+
+@pytest.mark.parametrize("model", ["pixel", "gaussian"])
+def test_fluxes_start_near_the_truth(frame, observations, positions, model):
+    """In both images, one of them turned, and for overlapping galaxies."""
+    scene = initialize(frame, observations, positions, model=model)
+    for source, galaxy in zip(scene.sources.values(), GALAXIES.values(), strict=True):
+        # 15 %: rings for a Gaussian, and noise.
+        np.testing.assert_allclose(source.spectrum.flux, [galaxy.flux[c] for c in frame.channels], rtol=0.15)
+
+
+def test_points_start_with_their_fluxes(frame):
+    """Where the PSF is a Gaussian and the model right, the first solution is the weighted least-squares one."""
+    rng = np.random.default_rng(3)
+    center, fluxes = np.array([[20.3, 19.6], [22.1, 24.4]]), np.array([4000.0, 1500.0])
+    y, x = np.mgrid[:40, :44]
+    clean = sum(
+        f * gaussian_density(y - c[0], x - c[1], 1.5**2 * np.eye(2)) for f, c in zip(fluxes, center, strict=True)
+    )
+    obs = make_observation((40, 44), data=(clean + rng.normal(size=clean.shape))[None], wcs=None, psf=GaussianPSF(1.5))
+    scene = initialize(Frame((40, 44), channels="g"), obs, center, model="point")
+    started = [float(source.spectrum.flux[0]) for source in scene.sources.values()]
+    # Five standard errors of sqrt(4 pi) sigma_psf, with the neighbour a third more.
+    np.testing.assert_allclose(started, fluxes, atol=5 * 1.3 * np.sqrt(4 * np.pi) * 1.5)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e10])

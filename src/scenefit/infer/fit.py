@@ -16,6 +16,7 @@ from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, com
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
 from scenefit.infer.problem import Problem, State
+from scenefit.infer.quadratic import curvature_probes
 from scenefit.model.morphology import PixelMorphology
 from scenefit.model.packing import component_box
 from scenefit.model.parameters import Parameters
@@ -172,7 +173,7 @@ class _Run:
         built = posterior.build(self.scene, self.observations, self.parameters)
         self.problem, state, self.layout = built
         self.carry = solvers.start(self.problem, state)
-        self.signs = solvers.probe_signs(self.problem.free.vector)
+        self.probes = curvature_probes(self.problem)
 
     def finish(self, bar) -> Status:
         """Step until converged, stalled, out of steps or interrupted."""
@@ -199,7 +200,7 @@ class _Run:
         products = min(MAX_PRODUCTS, FIRST_PRODUCTS * 2**number)
         careful = number > LINEAR_STEPS and self.rows[-1]["remaining"] < CAREFUL_TOLERANCE * self.rtol
         settled = as_floats(SETTLED[careful])
-        carry, report = _step(problem, self.carry, self.signs, as_integers(products), settled)
+        carry, report = _step(problem, self.carry, self.probes, as_integers(products), settled)
         report = jax.device_get(report)
         if number == 0 and not np.isfinite(report.loss):
             raise ValueError("The model isn't finite at the start: check the fluxes and shapes of the scene.")

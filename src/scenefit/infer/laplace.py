@@ -23,7 +23,16 @@ from scenefit.arrays.compilation import as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
-from scenefit.infer.solvers import combine, dot, image_curvature, on_face, prior_terms, probe_signs
+from scenefit.infer.quadratic import (
+    ConjugateIterate,
+    above_zero,
+    conjugate_step,
+    curvature_probes,
+    dot,
+    image_curvature,
+    on_face,
+    prior_terms,
+)
 from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
 
 MAX_ITERATIONS = 400
@@ -80,8 +89,8 @@ def marginal_covariance(problem: Problem, state: State, index: Sequence[int] | n
     -------
     array, shape (len(index), len(index))
     """
-    signs = probe_signs(problem.free.vector)
-    columns = [np.asarray(_inverse_column(problem, state, as_integers(i), signs))[list(index)] for i in index]
+    probes = curvature_probes(problem)
+    columns = [np.asarray(_inverse_column(problem, state, as_integers(i), probes))[list(index)] for i in index]
     covariance = np.array(columns, dtype=float).reshape(len(columns), len(columns))
     return 0.5 * (covariance + covariance.T)
 
@@ -91,10 +100,7 @@ class _Column(eqx.Module):
 
     count: Int[Array, ""]
     diagonal: State
-    solution: State
-    remainder: State
-    direction: State
-    energy: Float[Array, ""]
+    iterate: ConjugateIterate
     first_energy: Float[Array, ""]
     variance: Float[Array, ""]
     earlier_variance: Float[Array, ""]
@@ -102,7 +108,7 @@ class _Column(eqx.Module):
 
 
 @compiled
-def _inverse_column(problem: Problem, state: State, number, signs):
+def _inverse_column(problem: Problem, state: State, number, probes):
     """Return the vector part of column `number` of the inverse Hessian on the face of coordinates within bounds.
 
     The diagonal element that is asked for grows with every iteration towards its value (Strakos & Tichy 2002, ETNA 13,
@@ -117,21 +123,19 @@ def _inverse_column(problem: Problem, state: State, number, signs):
     nothing = jax.tree.map(jnp.zeros_like, state)
     unit = eqx.tree_at(lambda s: s.vector, nothing, nothing.vector.at[number].set(1.0))
     pixels = image_curvature(problem, state)
-    num_probes = len(signs)
+    num_probes = len(probes)
 
     def probe(loop: _Column, image: State) -> _Column:
         """Take in a probe; after the last one, begin the conjugate gradients."""
-        # Absolute values: an estimate near zero by chance would let one coordinate rule the iterations.
-        total = loop.diagonal.vector + jnp.abs(image.vector)
+        total = loop.diagonal.vector + jnp.abs(probes[loop.count] * image.vector)
         loop = eqx.tree_at(lambda q: q.diagonal.vector, loop, total)
 
         def begin(loop: _Column) -> _Column:
-            mean = total / num_probes
-            diagonal = State(mean + 1e-6 * jnp.max(mean, initial=1e-20), pixels)
+            diagonal = State(above_zero(total), pixels)
             direction = jax.tree.map(jnp.divide, unit, diagonal)
             energy = dot(unit, direction)
             return eqx.tree_at(
-                lambda q: (q.diagonal, q.direction, q.energy, q.first_energy),
+                lambda q: (q.diagonal, q.iterate.direction, q.iterate.energy, q.first_energy),
                 loop,
                 (diagonal, direction, energy, energy),
             )
@@ -140,41 +144,34 @@ def _inverse_column(problem: Problem, state: State, number, signs):
 
     def iterate(loop: _Column, image: State) -> _Column:
         """Take one conjugate-gradient iteration."""
-        length = loop.energy / jnp.maximum(dot(loop.direction, image), 1e-30)
-        remainder = combine(loop.remainder, -length, image)
-        preconditioned = jax.tree.map(jnp.divide, remainder, loop.diagonal)
-        energy = dot(remainder, preconditioned)
-        variance = loop.variance + length * loop.energy
+        following, gain = conjugate_step(loop.iterate, image, loop.diagonal)
+        variance = loop.variance + 2 * gain
         checked = (loop.count - num_probes) % CHECK_EVERY == CHECK_EVERY - 1
         settled = checked & (variance - loop.earlier_variance < GROWTH_TOLERANCE * variance)
         return _Column(
             count=loop.count,
             diagonal=loop.diagonal,
-            solution=combine(loop.solution, length, loop.direction),
-            remainder=remainder,
-            direction=combine(preconditioned, energy / jnp.maximum(loop.energy, 1e-30), loop.direction),
-            energy=energy,
+            iterate=following,
             first_energy=loop.first_energy,
             variance=variance,
             earlier_variance=jnp.where(checked, variance, loop.earlier_variance),
-            is_done=settled | (energy <= TOLERANCE * loop.first_energy),
+            is_done=settled | (following.energy <= TOLERANCE * loop.first_energy),
         )
 
     def body(loop: _Column) -> _Column:
         probing = loop.count < num_probes
-        vector = jnp.where(probing, signs[jnp.minimum(loop.count, num_probes - 1)], loop.direction.vector)
-        direction = State(vector, tuple(jnp.where(probing, 0.0, d) for d in loop.direction.images))
+        vector = jnp.where(probing, probes[jnp.minimum(loop.count, num_probes - 1)], loop.iterate.direction.vector)
+        direction = State(vector, tuple(jnp.where(probing, 0.0, d) for d in loop.iterate.direction.images))
         (image,) = transpose(forward(direction))
         image = on_face(face, State(image.vector + curvature * vector, image.images))
         loop = lax.cond(probing, probe, iterate, loop, image)
         return eqx.tree_at(lambda q: q.count, loop, loop.count + 1)
 
     zero = jnp.zeros((), state.vector.dtype)
-    start = _Column(
-        jnp.zeros((), jnp.int32), nothing, nothing, unit, nothing, zero, zero, zero, zero, jnp.asarray(False)
-    )
+    first = ConjugateIterate(step=nothing, remainder=unit, direction=nothing, energy=zero)
+    start = _Column(jnp.zeros((), jnp.int32), nothing, first, zero, zero, zero, jnp.asarray(False))
     loop = lax.while_loop(lambda q: (q.count < MAX_ITERATIONS + num_probes) & ~q.is_done, body, start)
-    return loop.solution.vector
+    return loop.iterate.step.vector
 
 
 _prior_terms = compiled(prior_terms)
@@ -220,17 +217,14 @@ def _free_coordinates(problem: Problem, layout: Layout):
     index, free = np.asarray(problem.index), np.asarray(problem.free.vector)
     uses = np.bincount(index, minlength=len(free))
     for number, leaf in enumerate(problem.leaves):
-        rows = leaf.shape[0] if leaf.kind == "stack" else 1
-        coordinates = index[leaf.start : leaf.stop].reshape(rows, -1)
-        for row in range(rows):
-            for entry, coordinate in enumerate(coordinates[row]):
-                own = np.arange(leaf.start, leaf.stop).reshape(rows, -1)[row, entry] == coordinate
-                if not (free[coordinate] and own):
-                    continue
-                if leaf.kind == "stack" and uses[coordinate] == 1:
-                    yield coordinate, member_of[leaf.number, row], (leaf.name, entry)
-                else:
-                    yield coordinate, -1, (number, row, entry)
+        for (row, entry), element in np.ndenumerate(leaf.elements()):
+            coordinate = int(index[element])
+            if not (free[coordinate] and coordinate == element):
+                continue
+            if leaf.kind == "stack" and uses[coordinate] == 1:
+                yield coordinate, member_of[leaf.number, row], (leaf.name, entry)
+            else:
+                yield coordinate, -1, (number, row, entry)
 
 
 def _footprints(layout: Layout, frame: Frame, obs: Observation) -> np.ndarray:

@@ -73,6 +73,10 @@ class Leaf(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True)
     map: str = eqx.field(static=True)
 
+    def elements(self) -> np.ndarray:
+        """Return the numbers of the elements, shape (stack member, entry); one row for an image."""
+        return np.arange(self.start, self.stop).reshape(self.shape[0] if self.kind == "stack" else 1, -1)
+
 
 class Priors(eqx.Module):
     """Priors of one kind on parameters of one size, evaluated by one operation.

@@ -38,8 +38,9 @@ GRADIENT_STEPS = 100, 25
 """Accelerated gradient steps for more rings than that, in the first round and in later ones."""
 MAX_DENSE_RINGS = 700
 """Columns up to which the rings are solved for with dense matrices."""
-APERTURE_SIGMAS = 2.0
-"""Radius of the aperture for the first spectra, in units of the observed PSF's standard deviation."""
+PSF_EXTENT, FLUX_STEPS = 3.0, 100
+"""The first fluxes: how many standard deviations of the PSF an envelope reaches beyond its stamp, and accelerated gradient
+steps for many sources."""
 
 
 def initialize(
@@ -55,8 +56,8 @@ def initialize(
     The image with the sharpest PSF gives the shapes: a non-negative sum of elliptical Gaussian rings for every source,
     solved for jointly so that neighbours share the light as least squares has it. (Multi-Gaussian expansion: Emsellem,
     Monnet & Bacon 1994, A&A 285, 723; Cappellari 2002, MNRAS 333, 400.) This envelope is the start of a free-pixel image
-    and the mean of its prior. The stamp reaches to where the envelope fades into the noise. Spectra start from apertures;
-    `sf.fit` begins by solving for them exactly.
+    and the mean of its prior. The stamp reaches to where the envelope fades into the noise. The spectra are those with which
+    all envelopes together fit each channel best, with Gaussian PSFs; `sf.fit` begins by solving for them exactly.
 
     Parameters
     ----------
@@ -88,11 +89,13 @@ def initialize(
     image, noise = detection_image(frame, sharpest)
     psf_sigma = _sky_sigma(sharpest) / (1.0 if frame.wcs is None else frame.pixel_scale)
     amplitudes, ellipticities = fit_rings(image, centers, psf_sigma)
-    fluxes = _aperture_fluxes(frame, observations, centers, amplitudes.sum(axis=1))
+    asked = _half_size(frame, half_size)
+    halves = [asked or _extent(a, e, noise, frame.box) for a, e in zip(amplitudes, ellipticities, strict=True)]
+    rings = [_envelope_rings(model, row) for row in amplitudes]
+    fluxes = _linear_fluxes(frame, observations, centers, ellipticities, rings, halves)
     sources = {}
     for n, (name, center) in enumerate(zip(names, centers, strict=True)):
-        half = _half_size(frame, half_size) or _extent(amplitudes[n], ellipticities[n], noise, frame.box)
-        box = Box.around(tuple(center), half).intersection(frame.box)
+        box = Box.around(tuple(center), halves[n]).intersection(frame.box)
         y, x = np.mgrid[box.slices]
         envelope = _rings(y - center[0], x - center[1], ellipticities[n], model_psf_sigma(frame)) @ amplitudes[n]
         sources[name] = Source(center, fluxes[n], _morphology(model, envelope, center, box))
@@ -181,7 +184,7 @@ def fit_rings(image: np.ndarray, centers: np.ndarray, psf_sigma: float) -> tuple
     for round_number in range(SHAPE_ROUNDS):
         design = _design(image, centers, ellipticities, windows, psf_sigma, stride)
         steps = GRADIENT_STEPS[min(round_number, 1)]
-        amplitudes = _solve_rings(design, image, amplitudes.ravel(), steps).reshape(amplitudes.shape)
+        amplitudes = _solve_nonnegative(design, image, amplitudes.ravel(), steps).reshape(amplitudes.shape)
         rest = image - (design @ amplitudes.ravel()).reshape(image.shape) if stride == 1 else image
         for n, center in enumerate(centers):
             ellipticities[n] = _ring_shape(rest, center, amplitudes[n], ellipticities[n], psf_sigma)
@@ -200,6 +203,14 @@ def _rings(y, x, ellipticity, psf_sigma, sigmas=RING_SIGMAS) -> np.ndarray:
     y, x = y[..., None], x[..., None]
     exponent = (xx * y**2 - 2 * xy * x * y + yy * x**2) / determinant
     return np.exp(-0.5 * exponent) / (2 * np.pi * np.sqrt(determinant))
+
+
+def _envelope_rings(model, amplitudes) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sigmas and weights of the rings a source of unit flux starts from; a point is a ring without width."""
+    if model == "point":
+        return np.zeros(1), np.ones(1)
+    used = amplitudes > 0
+    return RING_SIGMAS[used], amplitudes[used] / amplitudes.sum()
 
 
 def _ring_windows(center, psf_sigma, shape) -> list[Box]:
@@ -225,7 +236,7 @@ def _design(image, centers, ellipticities, windows, psf_sigma, stride) -> scipy.
     return scipy.sparse.csc_matrix(entries, shape=(image.size, len(centers) * len(RING_SIGMAS)))
 
 
-def _solve_rings(design, image, start, steps) -> np.ndarray:
+def _solve_nonnegative(design, image, start, steps) -> np.ndarray:
     """Return the non-negative amplitudes that fit the finite pixels best; many: near the best, from a start."""
     flat = image.ravel()
     valid = np.isfinite(flat)
@@ -305,24 +316,64 @@ def _extent(amplitudes, ellipticity, noise, frame_box) -> int:
     return max(MIN_HALF_SIZE, int(end) + 2)
 
 
-def _aperture_fluxes(frame, observations, centers, weights) -> np.ndarray:
-    """Return first fluxes (source, channel): aperture sums, shared with the neighbours inside by their weights."""
-    flux = np.zeros((len(centers), len(frame.channels)))
+def _linear_fluxes(frame, observations, centers, ellipticities, rings, halves) -> np.ndarray:
+    """Return first fluxes (source, channel): of all sources together, with their envelopes, by non-negative least squares.
+
+    For this every PSF is the Gaussian of its effective sigma. `rings` are the sigmas and weights of each source's envelope
+    and `halves` the half-sizes of their stamps. Fluxes are at least a tenth of their standard errors.
+    """
+    blocks: dict[int, list] = {}
     for obs in observations:
-        index = list(frame.channel_index(obs.channels))
-        data = np.where(obs.noise.valid, obs.data - obs.background[:, None, None], 0.0)
-        positions = pixel_map(frame.wcs, obs.wcs, centers[:, 0], centers[:, 1])
-        radius = max(1.5, APERTURE_SIGMAS * float(obs.psf.effective_sigma.max()))
-        floor = 0.1 * obs.noise.level() * np.sqrt(np.pi) * radius
-        for n, position in enumerate(positions):
-            box = Box.around(tuple(position), int(np.ceil(radius))).intersection(Box(obs.shape[1:]))
-            y, x = np.mgrid[box.slices]
-            inside = np.hypot(y - position[0], x - position[1]) <= radius
-            near = np.hypot(*(positions - position).T) <= radius
-            share = weights[n] / max(weights[near].sum(), 1e-30)
-            sums = (data[(slice(None), *box.slices)] * inside).sum(axis=(1, 2))
-            flux[n, index] = np.maximum(flux[n, index], np.maximum(2 * share * sums, floor))
+        positions, jacobians = _local_maps(frame, obs, centers)
+        data = np.where(obs.noise.valid, obs.data - obs.background[:, None, None], np.nan)
+        sigmas = np.broadcast_to(obs.psf.effective_sigma, len(obs.channels))
+        designs = {
+            s: _envelopes(obs.shape[1:], positions, jacobians, ellipticities, rings, halves, s) for s in set(sigmas)
+        }
+        for plane, channel, sigma, level in zip(
+            data, frame.channel_index(obs.channels), sigmas, obs.noise.level(), strict=True
+        ):
+            blocks.setdefault(channel, []).append((designs[sigma] / level, plane.ravel() / level))
+    flux = np.zeros((len(centers), len(frame.channels)))
+    for channel, parts in blocks.items():
+        design, values = scipy.sparse.vstack([d for d, _ in parts], format="csc"), np.concatenate([v for _, v in parts])
+        norm = design.power(2).T @ np.isfinite(values).astype(float)
+        floor = np.divide(0.1, np.sqrt(norm), where=norm > 0, out=np.zeros(len(centers)))
+        flux[:, channel] = np.maximum(_solve_nonnegative(design, values, floor, FLUX_STEPS), floor)
     return flux
+
+
+def _local_maps(frame, obs, centers) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions (n, 2) in an observation, and d(frame) / d(observation) there (n, 2, 2)."""
+    positions = pixel_map(frame.wcs, obs.wcs, centers[:, 0], centers[:, 1])
+    moved = [pixel_map(frame.wcs, obs.wcs, centers[:, 0] + dy, centers[:, 1] + dx) for dy, dx in ((1, 0), (0, 1))]
+    return positions, np.linalg.inv(np.stack([m - positions for m in moved], axis=-1))
+
+
+def _envelopes(shape, positions, jacobians, ellipticities, rings, halves, psf_sigma) -> scipy.sparse.csc_matrix:
+    """Return the sources' envelopes of unit flux, convolved with a Gaussian PSF, as columns over an image's pixels."""
+    areas = np.abs(np.linalg.det(jacobians))
+    reach = np.asarray(halves) / np.sqrt(areas) + PSF_EXTENT * psf_sigma
+    boxes = [
+        Box.around(tuple(p), int(np.ceil(r))).intersection(Box(shape)) for p, r in zip(positions, reach, strict=True)
+    ]
+    step = int(np.ceil(np.sqrt(sum(box.shape[0] * box.shape[1] for box in boxes) / MAX_ENTRIES))) or 1
+    number = np.arange(shape[0] * shape[1]).reshape(shape)
+    rows, columns, values = [], [], []
+    for n, (box, position, jacobian, area) in enumerate(zip(boxes, positions, jacobians, areas, strict=True)):
+        window = tuple(slice(s.start, s.stop, step) for s in box.slices)
+        y, x = np.ogrid[window]
+        y, x = y - position[0], x - position[1]
+        (yy, yx), (xy, xx) = jacobian
+        sigmas, weights = rings[n]
+        density = (
+            _rings(yy * y + yx * x, xy * y + xx * x, ellipticities[n], psf_sigma * np.sqrt(area), sigmas) @ weights
+        )
+        rows.append(number[window].ravel())
+        columns.append(np.full(density.size, n))
+        values.append(area * density.ravel())
+    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    return scipy.sparse.csc_matrix(entries, shape=(number.size, len(positions)))
 
 
 def _morphology(model, start, center, box):
