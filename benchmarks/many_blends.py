@@ -46,7 +46,6 @@ from astropy.wcs import WCS
 
 import scenefit as sf
 from scenefit.model.packing import pack
-from scenefit.survey.catalog import offset_errors
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 ROW_BLENDS = 20
@@ -211,7 +210,7 @@ def fit_blend(seed: int, options: argparse.Namespace, compilations: Compilations
     compilations.stage = "catalog"
     sf.catalog(result)
     compilations.stage = "offset_errors"
-    offset_errors(result)
+    sf.offset_errors(result)
     seconds, compiled = time.perf_counter() - start, compilations.take()
     shape = tuple(padded_shape(each, result.observations) for each in (scene, result.scene))
     compilations.take()  # those of `padded_shape` don't count

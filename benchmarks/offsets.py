@@ -25,7 +25,6 @@ from astropy.io import fits
 
 import scenefit as sf
 from scenefit.model.parameters import ENVELOPE_SCATTER
-from scenefit.survey.catalog import offset_errors
 
 OFFSET_SCATTER_ARCSEC = 0.03
 MAX_ROTATION_DEG = 45.0
@@ -93,7 +92,7 @@ def measure(
         "status": result.status.name,
         "seconds": round(result.timing["fit"], 2),
         "error_mas": np.round(error, 3).tolist(),
-        "standard_error_mas": np.round(offset_errors(result)[name] * 1e3, 3).tolist(),
+        "standard_error_mas": np.round(sf.offset_errors(result)[name] * 1e3, 3).tolist(),
     }
 
 

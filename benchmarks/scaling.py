@@ -18,6 +18,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -38,8 +39,8 @@ def field_size(num_sources: int) -> int:
     return SIZES.get(num_sources, int(np.ceil(np.sqrt(num_sources / 128) * 512)))
 
 
-def simulate(num_sources: int, size: int) -> tuple[sf.Observation, np.ndarray]:
-    """Return an observation of Gaussian galaxies with white noise, and their positions (y, x)."""
+def simulate(num_sources: int, size: int) -> dict[str, np.ndarray]:
+    """Return Gaussian galaxies with white noise: data (channel, y, x), PSF, positions (y, x), fluxes (source, channel)."""
     rng = np.random.default_rng(0)
     margin = min(25, size // 4)
     centers = rng.uniform(margin, size - margin, (num_sources, 2))
@@ -56,8 +57,7 @@ def simulate(num_sources: int, size: int) -> tuple[sf.Observation, np.ndarray]:
         image[(slice(None), *window)] += flux * color[:, None, None] * profile
     grid = np.arange(-15, 16)
     psf = np.exp(-(grid[:, None] ** 2 + grid**2) / 2 / PSF_SIGMA**2)
-    observation = sf.Observation(image, sigma=NOISE, psf=psf, channels=CHANNELS, name="survey")
-    return observation, centers
+    return {"data": image, "psf": psf / psf.sum(), "centers": centers, "fluxes": fluxes[:, None] * colors}
 
 
 def bare_transforms(shape: tuple[int, int, int], repeats: int = 15) -> float:
@@ -82,10 +82,11 @@ def bare_transforms(shape: tuple[int, int, int], repeats: int = 15) -> float:
 def measure(num_sources: int, converge: bool) -> dict:
     """Fit one field; return its figures."""
     size = field_size(num_sources)
-    observation, centers = simulate(num_sources, size)
+    field = simulate(num_sources, size)
+    observation = sf.Observation(field["data"], sigma=NOISE, psf=field["psf"], channels=CHANNELS, name="survey")
     frame = sf.Frame.from_observations([observation])
     start = time.perf_counter()
-    scene = sf.initialize(frame, [observation], centers, half_size=HALF_STAMP)
+    scene = sf.initialize(frame, [observation], field["centers"], half_size=HALF_STAMP)
     initialized = time.perf_counter() - start
     steps: list[tuple[int, float]] = []
     result = sf.fit(
@@ -122,11 +123,12 @@ def run_apart(num_sources: int, converge: bool) -> dict:
 
 
 def run_peer(python: str, num_sources: int) -> dict:
-    """Run scarlet2 on a field of the same recipe; return its figures."""
-    command = [python, str(PEER), str(num_sources), str(field_size(num_sources))]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
-    )
+    """Run scarlet2 on the same field; return its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/field.npz"
+        np.savez(path, **simulate(num_sources, field_size(num_sources)), channels=CHANNELS, sigma=NOISE)
+        output = subprocess.run([python, str(PEER), path], check=True, capture_output=True, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
 
 
 def main():

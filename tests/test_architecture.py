@@ -17,7 +17,7 @@ ORDER = {
     "sky": ["units", "psf", "frame"],
     "data": ["noise", "renderer", "observation"],
     "model": ["parameters", "spectrum", "morphology", "source", "packing", "scene"],
-    "infer": ["problem", "posterior", "quadratic", "descent", "solvers", "fit", "laplace"],
+    "infer": ["progress", "problem", "posterior", "quadratic", "descent", "solvers", "fit", "laplace"],
     "survey": ["measure", "catalog", "initialize"],
     "app": ["fitsfile", "color", "panels", "plot", "serialization", "io", "datasets", "config", "pipeline", "cli"],
 }

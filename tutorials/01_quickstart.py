@@ -18,7 +18,6 @@ from astropy.table import QTable, Table
 from matplotlib.figure import Figure
 
 import scenefit as sf
-from scenefit.survey.catalog import offset_errors
 
 FAINT_MAG = 22.5  # in i; one source of the field is fainter
 
@@ -90,7 +89,7 @@ def check_magnitudes(table: QTable, truth: Table):
 def check_offset(result: sf.FitResult, header: fits.Header):
     """Print how far the HSC image is displaced, and make sure that it is the truth within the errors."""
     fitted = {obs.name: obs.astrometry.shift for obs in result.observations}["HSC"]
-    error = offset_errors(result)["HSC"]
+    error = sf.offset_errors(result)["HSC"]
     true = np.array([header["OFF_E"], header["OFF_N"]])
     print(
         f"HSC displaced by {1e3 * fitted[0]:+.1f} +- {1e3 * error[0]:.1f} mas east and "

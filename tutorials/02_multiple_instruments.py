@@ -26,7 +26,6 @@ from astropy.table import Table
 from matplotlib.figure import Figure
 
 import scenefit as sf
-from scenefit.survey.catalog import offset_errors
 
 SHIFT, BACKGROUND = "observations.HSC.astrometry.shift", "observations.HSC.background"
 # A bright galaxy in the COSMOS field whose middle lies beyond the edge of both images, and a faint one beside it.
@@ -160,7 +159,7 @@ def mas(shift, error) -> str:
 def report_offset(result: sf.FitResult, path):
     """Print the offset of the HSC image in arcsec, in model pixels and in its own, and compare with what is known."""
     hsc, frame = find(result, "HSC"), result.scene.frame
-    shift, error = hsc.astrometry.shift, offset_errors(result)["HSC"]
+    shift, error = hsc.astrometry.shift, sf.offset_errors(result)["HSC"]
     print(f'HSC: sources appear {shift[0]:+.4f}" east and {shift[1]:+.4f}" north of where the WCS puts them')
     print(f"  = {mas(shift, error)}")
     native = sf.Frame(hsc.shape[1:], channels=hsc.channels, wcs=hsc.wcs)
@@ -216,7 +215,7 @@ def compare_with_intersection(frame: sf.Frame, observations, positions: SkyCoord
     shift, other = find(result, "HSC").astrometry.shift, find(union, "HSC").astrometry.shift
     print(f"on the intersection frame the offset is {1e3 * shift[0]:+.1f} mas east, {1e3 * shift[1]:+.1f} mas north")
     # HST sees none of the pixels outside, so they say little about the offset: the two agree to a few standard errors.
-    assert np.all(np.abs(shift - other) < 3 * offset_errors(union)["HSC"])
+    assert np.all(np.abs(shift - other) < 3 * sf.offset_errors(union)["HSC"])
 
 
 def show_dialects_and_epochs(result: sf.FitResult):

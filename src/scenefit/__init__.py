@@ -13,7 +13,7 @@ from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import ArraySpectrum, StaticSpectrum, TransientSpectrum
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF, ImagePSF
-from scenefit.survey.catalog import catalog
+from scenefit.survey.catalog import catalog, offset_errors
 from scenefit.survey.initialize import initialize
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "fit",
     "initialize",
     "load",
+    "offset_errors",
     "plot",
     "read_catalog",
     "read_observations",

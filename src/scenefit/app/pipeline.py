@@ -70,7 +70,7 @@ def run(
         )
     clock.lap("read")
     frame = Frame.from_observations(observations, settings.coverage)
-    scene = initialize(frame, observations, positions[0], model=settings.model)
+    scene = initialize(frame, observations, positions[0], model=settings.model, progress=progress)
     parameters = Parameters.default(scene, observations)
     for name in settings.free_background:
         parameters = parameters.free(f"observations.{name}.background")
@@ -81,7 +81,7 @@ def run(
     clock.lap("fit")
     if result.status is Status.INTERRUPTED and report is not None:
         report("Interrupted: the best state so far is measured and saved. Ctrl-C once more ends without.")
-    table, errors = catalog(result), offset_errors(result)
+    table, errors = catalog(result, progress=progress), offset_errors(result, progress=progress)
     clock.lap("measure")
     written = write_results(directory, result, table)
     clock.lap("write")

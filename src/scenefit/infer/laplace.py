@@ -23,6 +23,7 @@ from scenefit.arrays.compilation import as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
+from scenefit.infer.progress import with_progress
 from scenefit.infer.quadratic import (
     ConjugateIterate,
     above_zero,
@@ -47,7 +48,12 @@ NEGLIGIBLE = 1e-5
 
 
 def vector_covariance(
-    problem: Problem, state: State, layout: Layout, frame: Frame, observations: Sequence[Observation]
+    problem: Problem,
+    state: State,
+    layout: Layout,
+    frame: Frame,
+    observations: Sequence[Observation],
+    progress: bool = False,
 ) -> tuple[np.ndarray, scipy.sparse.csr_matrix]:
     """Return the covariance of the free vector coordinates, the images held fixed.
 
@@ -61,7 +67,7 @@ def vector_covariance(
     covariance : sparse matrix, shape (m, m)
         Block-diagonal where sources or channels don't share pixels.
     """
-    derivative = _derivative_matrix(problem, state, layout, frame, observations)
+    derivative = _derivative_matrix(problem, state, layout, frame, observations, progress)
     information = (derivative.T @ derivative).tocsr()
     curvature = np.asarray(_prior_terms(problem, state.vector)[2], dtype=float)
     information = information + scipy.sparse.diags(curvature)
@@ -80,7 +86,9 @@ def vector_covariance(
     return index, inverse[place][:, place]
 
 
-def marginal_covariance(problem: Problem, state: State, index: Sequence[int] | np.ndarray) -> np.ndarray:
+def marginal_covariance(
+    problem: Problem, state: State, index: Sequence[int] | np.ndarray, progress: bool = False
+) -> np.ndarray:
     """Return the covariance of the vector coordinates `index`, everything else marginalised over.
 
     Pixels and fluxes at a bound count as known; all other free coordinates vary.
@@ -90,7 +98,11 @@ def marginal_covariance(problem: Problem, state: State, index: Sequence[int] | n
     array, shape (len(index), len(index))
     """
     probes = curvature_probes(problem)
-    columns = [np.asarray(_inverse_column(problem, state, as_integers(i), probes))[list(index)] for i in index]
+    numbers = [int(i) for i in index]
+    columns = [
+        np.asarray(_inverse_column(problem, state, as_integers(i), probes))[numbers]
+        for i in with_progress(numbers, "errors of offsets", progress)
+    ]
     covariance = np.array(columns, dtype=float).reshape(len(columns), len(columns))
     return 0.5 * (covariance + covariance.T)
 
@@ -184,7 +196,7 @@ def _derivative(problem: Problem, state: State, direction):
     return jax.jvp(lambda at: problem.residuals(at)[0], (state,), (tangent,))[1]
 
 
-def _derivative_matrix(problem, state, layout, frame, observations) -> scipy.sparse.csc_matrix:
+def _derivative_matrix(problem, state, layout, frame, observations, progress) -> scipy.sparse.csc_matrix:
     """Return d(whitened residuals) / d(vector coordinates) as a sparse matrix, shape (pixels, n)."""
     windows = [_footprints(layout, frame, obs) for obs in observations]
     colors = _colors(np.concatenate(windows, axis=1)) if layout.members else np.zeros(0, int)
@@ -194,7 +206,7 @@ def _derivative_matrix(problem, state, layout, frame, observations) -> scipy.spa
         groups.setdefault((slot, color), []).append((coordinate, member))
     starts = np.concatenate([[0], np.cumsum([image.data.size for image in problem.images])])
     rows, columns, values = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
-    for group in groups.values():
+    for group in with_progress(groups.values(), "errors of fluxes", progress):
         direction = np.zeros(len(state.vector))
         direction[[coordinate for coordinate, _ in group]] = 1.0
         images = jax.device_get(_derivative(problem, state, as_floats(direction)))

@@ -25,11 +25,17 @@ def channel_label(channel: Channel) -> str:
     return "_".join(str(part) for part in channel) if isinstance(channel, tuple) else str(channel)
 
 
-def catalog(result: FitResult) -> QTable:
+def catalog(result: FitResult, *, progress: bool = True) -> QTable:
     """Measure every source of a fit.
 
     Fluxes are totals of the model. Their errors are those of a simultaneous fit of all fluxes, analytic shapes, free
     offsets and backgrounds to all pixels (neighbours included), the free-pixel images held fixed.
+
+    Parameters
+    ----------
+    result : FitResult
+    progress : bool
+        Whether to show a progress bar on standard error if it takes more than two seconds.
 
     Returns
     -------
@@ -44,8 +50,8 @@ def catalog(result: FitResult) -> QTable:
     result = _matched(result)
     scene, frame = result.scene, result.scene.frame
     names = list(scene.sources)
-    flux, error = _fluxes(result)
-    shapes = measure_shapes(scene, _channel_weights(error))
+    flux, error = _fluxes(result, progress)
+    shapes = measure_shapes(scene, _channel_weights(error), progress)
     table = QTable()
     table["id"] = np.array(names, dtype=str)
     centers = np.array([shape.center for shape in shapes]).reshape(len(names), 2)
@@ -74,10 +80,21 @@ def catalog(result: FitResult) -> QTable:
     return table
 
 
-def offset_errors(result: FitResult) -> dict[str, np.ndarray]:
-    """Return the standard errors (east, north) [arcsec] of every observation's offset; NaN where it was fixed.
+def offset_errors(result: FitResult, *, progress: bool = True) -> dict[str, np.ndarray]:
+    """Return the standard errors of every observation's offset.
 
     Everything else is marginalised over, the pixels of free images included.
+
+    Parameters
+    ----------
+    result : FitResult
+    progress : bool
+        Whether to show a progress bar on standard error if it takes more than two seconds.
+
+    Returns
+    -------
+    dict of array, shape (2,)
+        (east, north) [arcsec] by the name of the observation, (x, y) [pix] without a WCS; NaN where the offset was fixed.
     """
     result = _matched(result)
     problem, state, _ = posterior.build(result.scene, result.observations, result.parameters)
@@ -85,7 +102,7 @@ def offset_errors(result: FitResult) -> dict[str, np.ndarray]:
     for leaf in problem.leaves:
         if leaf.kind == "image" and leaf.name == "shift":
             index = np.asarray(problem.index)[leaf.start : leaf.stop].tolist()
-            covariance = marginal_covariance(problem, state, index)
+            covariance = marginal_covariance(problem, state, index, progress)
             errors[result.observations[leaf.number].name] = np.sqrt(np.diag(covariance))
     return errors
 
@@ -97,11 +114,11 @@ def _matched(result: FitResult) -> FitResult:
     return dataclasses.replace(result, observations=observations)
 
 
-def _fluxes(result: FitResult) -> tuple[np.ndarray, np.ndarray]:
+def _fluxes(result: FitResult, progress: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return fluxes and errors, shape (source, channel)."""
     scene, frame = result.scene, result.scene.frame
     problem, state, layout = posterior.build(scene, result.observations, result.parameters)
-    index, covariance = vector_covariance(problem, state, layout, frame, result.observations)
+    index, covariance = vector_covariance(problem, state, layout, frame, result.observations, progress)
     place = np.full(len(state.vector), -1)
     place[index] = np.arange(len(index))
     entries = dict(zip(dict(scene.components()), posterior.flux_coordinates(problem, layout), strict=True))

@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from scenefit.arrays.box import Box
 from scenefit.data.observation import Observation
+from scenefit.infer.progress import with_progress
 from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
@@ -50,6 +51,7 @@ def initialize(
     *,
     model: str = "pixel",
     half_size=None,
+    progress: bool = True,
 ) -> Scene:
     """Place a source at each catalogue position and start it from the data.
 
@@ -69,6 +71,8 @@ def initialize(
         What every source is made of: free non-negative pixels, an elliptical Gaussian, a point.
     half_size : Quantity, int or None
         Half the side of all stamps (a number: model pixels) instead of what the data suggest.
+    progress : bool
+        Whether to show a progress bar on standard error if it takes more than two seconds.
 
     Returns
     -------
@@ -88,7 +92,7 @@ def initialize(
     sharpest = min(observations, key=_sky_sigma)
     image, noise = detection_image(frame, sharpest)
     psf_sigma = _sky_sigma(sharpest) / (1.0 if frame.wcs is None else frame.pixel_scale)
-    amplitudes, ellipticities = fit_rings(image, centers, psf_sigma)
+    amplitudes, ellipticities = fit_rings(image, centers, psf_sigma, progress)
     asked = _half_size(frame, half_size)
     halves = [asked or _extent(a, e, noise, frame.box) for a, e in zip(amplitudes, ellipticities, strict=True)]
     rings = [_envelope_rings(model, row) for row in amplitudes]
@@ -158,7 +162,9 @@ def _half_size(frame, half_size):
     return half_size
 
 
-def fit_rings(image: np.ndarray, centers: np.ndarray, psf_sigma: float) -> tuple[np.ndarray, np.ndarray]:
+def fit_rings(
+    image: np.ndarray, centers: np.ndarray, psf_sigma: float, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Fit every source by a non-negative sum of elliptical Gaussian rings, all together.
 
     Parameters
@@ -181,7 +187,7 @@ def fit_rings(image: np.ndarray, centers: np.ndarray, psf_sigma: float) -> tuple
     size = sum(box.shape[0] * box.shape[1] for boxes in windows for box in boxes)
     stride = int(np.ceil(np.sqrt(size / MAX_ENTRIES)))
     amplitudes = np.zeros((len(centers), len(RING_SIGMAS)))
-    for round_number in range(SHAPE_ROUNDS):
+    for round_number in with_progress(range(SHAPE_ROUNDS), "initialize", progress):
         design = _design(image, centers, ellipticities, windows, psf_sigma, stride)
         steps = GRADIENT_STEPS[min(round_number, 1)]
         amplitudes = _solve_nonnegative(design, image, amplitudes.ravel(), steps).reshape(amplitudes.shape)

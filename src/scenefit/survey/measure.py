@@ -10,6 +10,7 @@ import numpy as np
 import scipy.optimize
 from scipy import ndimage
 
+from scenefit.infer.progress import with_progress
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
@@ -52,7 +53,9 @@ class Shape(eqx.Module):
     moments: np.ndarray
 
 
-def measure_shapes(scene: Scene, channel_weights: Sequence[float] | np.ndarray | None = None) -> list[Shape]:
+def measure_shapes(
+    scene: Scene, channel_weights: Sequence[float] | np.ndarray | None = None, progress: bool = False
+) -> list[Shape]:
     """Measure every source on its noise-free model image, the channels added with weights.
 
     Moments are weighted with the matched Gaussian itself (adaptive moments: Bernstein & Jarvis 2002, AJ 123, 583,
@@ -64,6 +67,8 @@ def measure_shapes(scene: Scene, channel_weights: Sequence[float] | np.ndarray |
     channel_weights : array, shape (channel,), optional
         What the flux of a channel is multiplied with before all are added, best the inverse of its standard error. By
         default the inverse of the channel's flux in the whole scene. Only ratios matter.
+    progress : bool
+        Whether to show a progress bar if it takes more than two seconds.
 
     Returns
     -------
@@ -77,7 +82,7 @@ def measure_shapes(scene: Scene, channel_weights: Sequence[float] | np.ndarray |
         channel_weights = np.where(total > 0, 1 / np.where(total > 0, total, 1.0), 0.0)
     stamps, sigma = scene.stamps(), model_psf_sigma(scene.frame)
     result = []
-    for name, source in scene.sources.items():
+    for name, source in with_progress(scene.sources.items(), "shapes", progress):
         paths = [path for path, _ in source.components(f"sources.{name}")]
         fluxes = [float(spectra[path] @ channel_weights) for path in paths]
         box = stamps[paths[0]][0]
