@@ -12,6 +12,7 @@ from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
 from scenefit.survey.catalog import catalog, offset_errors
+from scenefit.survey.initialize import initialize
 from tests.blends import (
     BACKGROUND,
     DISPLACEMENT,
@@ -173,6 +174,21 @@ def test_a_tighter_tolerance_takes_the_fit_further():
     assert fine.num_steps >= fitted().num_steps
     # 1e-3: half the squared distance of 0.03 for each of 24 parameters is 0.01 at most; sums in float32 round by 1e-3.
     assert fine.loss < fitted().loss + 1e-3
+
+
+@pytest.mark.parametrize("most", [50, 100, 400])
+def test_short_rounds_do_not_pass_for_convergence(monkeypatch, most):
+    """Steps that the bounds cut short, or lead upwards, say nothing about how far the minimum is."""
+    observations = observe(seed=7)
+    frame = frame_of(observations)
+    scene = initialize(frame, observations, np.array([on_frame(frame, galaxy) for galaxy in GALAXIES.values()]))
+    best = fit(scene, observations, progress=False, rtol=0.005)
+    monkeypatch.setattr("scenefit.infer.fit.MAX_ITERATIONS", most)
+    result = fit(scene, observations, progress=False)
+    assert best.is_converged
+    assert result.is_converged
+    # The tolerance stands for half its square times 1500 coordinates, 0.3; twice that.
+    assert result.loss - best.loss < 0.6
 
 
 def test_an_unknown_method():

@@ -50,6 +50,8 @@ class Descent(eqx.Module):
         Decrease of the quadratic model.
     outstanding : float
         Decrease that as many iterations again would still have found at their recent gain.
+    is_settled : bool
+        Whether it ended because little was outstanding, not by the number of iterations.
     num_products : int
     """
 
@@ -59,6 +61,7 @@ class Descent(eqx.Module):
     diagonal: State
     decrement: Float[Array, ""]
     outstanding: Float[Array, ""]
+    is_settled: Bool[Array, ""]
     num_products: Int[Array, ""]
 
 
@@ -72,6 +75,14 @@ class _Rounds(eqx.Module):
     iterations: Int[Array, ""]
     decrement: Float[Array, ""]
     gain: Float[Array, ""]
+
+    def outstanding(self) -> Float[Array, ""]:
+        """Return what as many iterations again would gain."""
+        return self.iterations * self.gain
+
+    def is_settled(self, fraction: Float[Array, ""]) -> Bool[Array, ""]:
+        """Whether less is outstanding than this fraction of the decrease so far."""
+        return self.outstanding() < fraction * self.decrement
 
 
 class _Loop(eqx.Module):
@@ -114,12 +125,12 @@ class QuadraticModel:
     probes: Float[Array, "p n"]
     pixel_curvature: tuple[Float[Array, "_ _ _"], ...]
 
-    def descend(self, active: Bool[Array, ""], max_products: Int[Array, ""], settled: Float[Array, ""]) -> Descent:
+    def descend(self, active: Bool[Array, ""], max_iterations: Int[Array, ""], settled: Float[Array, ""]) -> Descent:
         """Minimise the quadratic model within bounds; does nothing unless `active`.
 
-        Conjugate gradients end after `max_products`, or when as many iterations again as they took would, at their recent
-        gain, lower the model by less than the fraction `settled` of what they have (Nash & Sofer 1990, Oper. Res. Lett. 9,
-        219, doi:10.1016/0167-6377(90)90067-C).
+        A round of conjugate gradients ends after `max_iterations`, or when as many iterations again as it took would, at
+        their recent gain, lower the model by less than the fraction `settled` of what it has (Nash & Sofer 1990, Oper.
+        Res. Lett. 9, 219, doi:10.1016/0167-6377(90)90067-C).
         """
         nothing, zero = jax.tree.map(jnp.zeros_like, self.state), jnp.zeros((), self.state.vector.dtype)
         none = jnp.zeros((), jnp.int32)
@@ -129,7 +140,7 @@ class QuadraticModel:
         loop = _Loop(none, nothing, jnp.zeros_like(self.curvature), rounds)
 
         def body(loop: _Loop) -> _Loop:
-            return self._advance(loop, max_products, settled)
+            return self._advance(loop, max_iterations, settled)
 
         loop = lax.while_loop(lambda loop: loop.rounds.phase != _DONE, body, loop)
         return Descent(
@@ -138,7 +149,8 @@ class QuadraticModel:
             gradient=loop.gradient,
             diagonal=self._diagonal(loop),
             decrement=loop.rounds.decrement,
-            outstanding=loop.rounds.iterations * loop.rounds.gain,
+            outstanding=loop.rounds.outstanding(),
+            is_settled=loop.rounds.is_settled(settled),
             num_products=loop.count,
         )
 
@@ -156,7 +168,7 @@ class QuadraticModel:
         """Return the product with the damped Hessian from that with the Hessian."""
         return jax.tree.map(lambda r, d, v: r + self.damping * d * v, result, self._diagonal(loop), direction)
 
-    def _advance(self, loop: _Loop, max_products, settled) -> _Loop:
+    def _advance(self, loop: _Loop, max_iterations, settled) -> _Loop:
         """Compute one product and use it for what the phase needs."""
         rounds, num_probes = loop.rounds, self._num_probes()
         first, setting_up, restarting = loop.count == 0, loop.count <= num_probes, rounds.phase == _RESTART
@@ -173,8 +185,8 @@ class QuadraticModel:
             rounds=self._iterate(loop, result),
         )
         rounds = loop.rounds
-        settling = rounds.iterations * rounds.gain < settled * rounds.decrement
-        ended = jnp.where(setting_up, loop.count > num_probes, settling | (loop.count > max_products + num_probes + 1))
+        exhausted = rounds.is_settled(settled) | (rounds.iterations >= max_iterations)
+        ended = jnp.where(setting_up, loop.count > num_probes, exhausted)
         number = jnp.where(restarting, 2, jnp.where(ended, 1, 0))
         turns = (lambda _, rounds, __: rounds, self._bound, self._restart)
         return eqx.tree_at(lambda q: q.rounds, loop, lax.switch(number, turns, loop, rounds, result))

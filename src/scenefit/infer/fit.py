@@ -24,8 +24,8 @@ from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import pixel_map
 
-FIRST_PRODUCTS, MAX_PRODUCTS = 3, 400
-"""Conjugate-gradient iterations of the first step, doubled with every step, and of any step at most: the first quadratic
+FIRST_ITERATIONS, MAX_ITERATIONS = 3, 400
+"""Conjugate-gradient iterations of a round in the first step, doubled with every step, and at most: the first quadratic
 models aren't worth more."""
 LINEAR_STEPS = 2
 """First steps in which only fluxes and backgrounds move: an exact linear solve but for the bounds."""
@@ -35,8 +35,9 @@ ANALYTIC_GROWTH = 1.05
 """The stamp of an analytic profile is made anew where it has become larger than it was by this ratio."""
 GROWTH_TOLERANCE = CAREFUL_TOLERANCE = 4.0
 """Stamps are checked, and steps computed carefully, once the fit is within this multiple of its tolerance."""
-SETTLED = (0.8, 0.2)
-"""How far conjugate gradients go: quickly at first, then carefully, since their end says how far the minimum is."""
+SETTLED, UNSETTLED = (0.8, 0.2), 0.1
+"""How far conjugate gradients go: quickly at first, then carefully, since their end says how far the minimum is. Where
+they ended by their number instead, that is less certain: the tolerance is by this factor smaller."""
 
 
 class Status(enum.Enum):
@@ -185,7 +186,7 @@ class _Run:
                 if row["accepted"] and not linear:
                     if row["remaining"] < GROWTH_TOLERANCE * self.rtol and self.grow():
                         continue
-                    if row["careful"] and row["remaining"] < self.rtol:
+                    if row["careful"] and row["remaining"] < self.rtol * (1.0 if row["settled"] else UNSETTLED):
                         return Status.CONVERGED
                 if float(self.carry.damping) >= solvers.MAX_DAMPING:
                     return Status.STALLED
@@ -197,10 +198,10 @@ class _Run:
         """Take one step and write down what it did."""
         number = len(self.rows)
         problem = _linear_only(self.problem) if number < LINEAR_STEPS else self.problem
-        products = min(MAX_PRODUCTS, FIRST_PRODUCTS * 2**number)
+        iterations = min(MAX_ITERATIONS, FIRST_ITERATIONS * 2**number)
         careful = number > LINEAR_STEPS and self.rows[-1]["remaining"] < CAREFUL_TOLERANCE * self.rtol
         settled = as_floats(SETTLED[careful])
-        carry, report = _step(problem, self.carry, self.probes, as_integers(products), settled)
+        carry, report = _step(problem, self.carry, self.probes, as_integers(iterations), settled)
         report = jax.device_get(report)
         if number == 0 and not np.isfinite(report.loss):
             raise ValueError("The model isn't finite at the start: check the fluxes and shapes of the scene.")
@@ -212,9 +213,10 @@ class _Run:
             "seconds": time.perf_counter() - self.begin,
             "products": total + int(report.num_products),
             "projected_gradient": float(report.projected_gradient),
-            "remaining": float(np.sqrt(2 * max(report.decrement, 0.0) / max(float(report.num_determined), 1.0))),
+            "remaining": _remaining(float(report.decrement), float(report.num_determined)),
             "accepted": bool(report.accepted),
             "careful": careful,
+            "settled": bool(report.is_settled),
         }
         self.rows.append(row)
         bar.update()
@@ -256,11 +258,16 @@ class _Run:
     def result(self, status: Status) -> FitResult:
         """Return the best state so far as a result."""
         scene, observations = self.unpack()
-        names = [name for name in self.rows[0] if name not in ("accepted", "careful")] if self.rows else []
+        names = [name for name in self.rows[0] if name not in ("accepted", "careful", "settled")] if self.rows else []
         history = {name: np.array([row[name] for row in self.rows]) for name in names}
         timing = {"first_step": self.rows[0]["seconds"]} if self.rows else {}
         loss = float(self.carry.loss)
         return FitResult(scene, observations, self.parameters, status, loss, history, len(self.rows), timing)
+
+
+def _remaining(decrement: float, num_determined: float) -> float:
+    """Return the distance to the minimum in standard deviations; not known, infinite, if the step leads upwards."""
+    return float(np.sqrt(2 * decrement / max(num_determined, 1.0))) if decrement >= 0 else float("inf")
 
 
 def _linear_only(problem: Problem) -> Problem:

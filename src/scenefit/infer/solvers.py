@@ -78,6 +78,8 @@ class StepReport(eqx.Module):
     decrement : float
         Decrease of the loss, by the quadratic model, from here to its minimum: what the next step reaches of it, and what
         the conjugate gradients would still have found at their recent gain.
+    is_settled : bool
+        Whether the conjugate gradients ended because little was left, not by their number.
     num_determined : float
         Coordinates not held by a bound that the data determine; a pixel counts by the data's share in its curvature.
     projected_gradient : float
@@ -90,6 +92,7 @@ class StepReport(eqx.Module):
     loss: Float[Array, ""]
     accepted: Bool[Array, ""]
     decrement: Float[Array, ""]
+    is_settled: Bool[Array, ""]
     num_determined: Float[Array, ""]
     projected_gradient: Float[Array, ""]
     num_products: Int[Array, ""]
@@ -114,7 +117,7 @@ def gauss_newton_step(
     problem: Problem,
     carry: SolverState,
     probes: Float[Array, "p n"],
-    max_products: Int[Array, ""],
+    max_iterations: Int[Array, ""],
     settled: Float[Array, ""],
 ) -> tuple[SolverState, StepReport]:
     """Evaluate the trial state; go on from it by a Gauss-Newton step if it is better, else shorten the last step.
@@ -125,8 +128,8 @@ def gauss_newton_step(
     carry : SolverState
     probes : array
         `curvature_probes` of the problem.
-    max_products : int
-        Conjugate-gradient iterations at most.
+    max_iterations : int
+        Iterations of a round of conjugate gradients at most.
     settled : float
         When conjugate gradients end: see `QuadraticModel.descend`.
 
@@ -155,7 +158,7 @@ def gauss_newton_step(
         return State(result.vector + prior_curvature * direction.vector + weight * prior_gradient, result.images)
 
     model = QuadraticModel(problem, state, product, damping, carry.curvature, probes, image_curvature(problem, state))
-    descent = model.descend(accepted, max_products, settled)
+    descent = model.descend(accepted, max_iterations, settled)
     full = problem.project(combine(state, 1.0, descent.step))
     rejections = jnp.where(accepted, 0, carry.rejections + 1)
     restart = rejections > MAX_REJECTIONS
@@ -167,6 +170,7 @@ def gauss_newton_step(
         loss=jnp.where(accepted, loss, carry.loss),
         accepted=accepted,
         decrement=descent.decrement + descent.outstanding,
+        is_settled=descent.is_settled,
         num_determined=determined,
         projected_gradient=_scaled_gradient(problem, state, descent) / jnp.sqrt(jnp.maximum(determined, 1.0)),
         num_products=descent.num_products + 1,
