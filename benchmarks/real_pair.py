@@ -104,6 +104,11 @@ def main():
         "chi_square": ours,
     }
     print(f"scenefit: {result.status.value}, {row['fit_s']:.2f} s, chi-square {sum(ours.values()):.0f}  {ours}")
+    products, seconds = result.history["products"], result.history["seconds"]
+    each = (seconds[-1] - seconds[0]) / max(products[-1] - products[0], 1)
+    print(
+        f"first step {seconds[0]:.2f} s with {products[0]} products; {products[-1]} in all, later ones {1e3 * each:.1f} ms each"
+    )
     if options.peer_python or options.peer_result:
         with tempfile.TemporaryDirectory() as folder:
             saved = options.peer_result or f"{folder}/peer.npz"

@@ -15,8 +15,8 @@ from scenefit.infer.problem import Problem, State
 from scenefit.model.morphology import PixelMorphology
 
 FLUX_CURVATURE = 10.0
-"""Fluxes count by so many times the sum of their row of J^T J among fluxes, beside the bound on the curvature of pixels:
-from 3 to 30 the fits of simulated blends take about as long."""
+"""Fluxes count by so many times the sum of their row of J^T J among fluxes, beside the generous bound on the curvature of
+pixels."""
 
 
 class ConjugateIterate(eqx.Module):

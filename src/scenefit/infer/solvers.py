@@ -144,7 +144,7 @@ def gauss_newton_step(
     loss = 0.5 * dot(residual, residual) - log_prior
     # A decrease below the rounding of the loss can't be seen in it: such a step is taken as the model has it.
     rounding = ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(carry.loss)
-    is_tiny = jnp.isfinite(carry.loss) & (carry.promise < rounding)
+    is_tiny = jnp.isfinite(carry.loss) & (jnp.abs(carry.promise) < rounding)
     accepted = loss <= carry.loss + jnp.where(is_tiny, rounding, 0.0)
     ratio = jnp.where(jnp.isfinite(carry.loss), (carry.loss - loss) / jnp.maximum(carry.promise, 1e-30), 1.0)
     factor = jnp.where(ratio > GOOD_RATIO, 0.3, jnp.where(ratio < POOR_RATIO, 10.0, 1.0))

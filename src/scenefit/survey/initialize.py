@@ -227,19 +227,25 @@ def _ring_windows(center, psf_sigma, shape) -> list[Box]:
 
 def _design(image, centers, ellipticities, windows, psf_sigma, stride) -> scipy.sparse.csc_matrix:
     """Return the rings of all sources as columns over the pixels of the image."""
-    number = np.arange(image.size).reshape(image.shape)
-    rows, columns, values = [], [], []
+    pieces = []
     for n, (center, boxes) in enumerate(zip(centers, windows, strict=True)):
         for k, box in enumerate(boxes):
             step = stride if RING_SIGMAS[k] > 2 * stride else 1
             window = tuple(slice(s.start, s.stop, step) for s in box.slices)
             y, x = np.ogrid[window]
             piece = _rings(y - center[0], x - center[1], ellipticities[n], psf_sigma, RING_SIGMAS[k : k + 1])
-            rows.append(number[window].ravel())
-            columns.append(np.full(piece.size, n * len(RING_SIGMAS) + k))
-            values.append(piece.ravel())
-    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-    return scipy.sparse.csc_matrix(entries, shape=(image.size, len(centers) * len(RING_SIGMAS)))
+            pieces.append((window, piece))
+    return _columns(image.shape, pieces)
+
+
+def _columns(shape, pieces) -> scipy.sparse.csc_matrix:
+    """Return a sparse matrix with a row a pixel and a column for each (window, values there)."""
+    number = np.arange(shape[0] * shape[1]).reshape(shape)
+    rows = np.concatenate([number[window].ravel() for window, _ in pieces])
+    values = np.concatenate([piece.ravel() for _, piece in pieces])
+    starts = np.cumsum([0, *(piece.size for _, piece in pieces)])
+    # Sorted by columns already; within one, by rows.
+    return scipy.sparse.csc_matrix((values, rows, starts), shape=(number.size, len(pieces)))
 
 
 def _solve_nonnegative(design, image, start, steps) -> np.ndarray:
@@ -364,8 +370,7 @@ def _envelopes(shape, positions, jacobians, ellipticities, rings, halves, psf_si
         Box.around(tuple(p), int(np.ceil(r))).intersection(Box(shape)) for p, r in zip(positions, reach, strict=True)
     ]
     step = int(np.ceil(np.sqrt(sum(box.shape[0] * box.shape[1] for box in boxes) / MAX_ENTRIES))) or 1
-    number = np.arange(shape[0] * shape[1]).reshape(shape)
-    rows, columns, values = [], [], []
+    pieces = []
     for n, (box, position, jacobian, area) in enumerate(zip(boxes, positions, jacobians, areas, strict=True)):
         window = tuple(slice(s.start, s.stop, step) for s in box.slices)
         y, x = np.ogrid[window]
@@ -375,11 +380,8 @@ def _envelopes(shape, positions, jacobians, ellipticities, rings, halves, psf_si
         density = (
             _rings(yy * y + yx * x, xy * y + xx * x, ellipticities[n], psf_sigma * np.sqrt(area), sigmas) @ weights
         )
-        rows.append(number[window].ravel())
-        columns.append(np.full(density.size, n))
-        values.append(area * density.ravel())
-    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-    return scipy.sparse.csc_matrix(entries, shape=(number.size, len(positions)))
+        pieces.append((window, area * density))
+    return _columns(shape, pieces)
 
 
 def _morphology(model, start, center, box):
