@@ -13,11 +13,27 @@ ROOT = Path(scenefit.__file__).parent
 
 # Folders from left to right, and the modules of each in the order in which they may import one another.
 ORDER = {
-    "arrays": ["box", "compilation", "fourier", "stamps"],
-    "sky": ["units", "psf", "frame"],
+    "arrays": ["box", "compilation", "linear", "fourier", "stamps", "profiles"],
+    "sky": ["units", "psf", "mixture", "frame"],
     "data": ["noise", "renderer", "observation"],
-    "model": ["parameters", "spectrum", "morphology", "source", "packing", "scene"],
-    "infer": ["progress", "problem", "posterior", "quadratic", "descent", "solvers", "fit", "laplace"],
+    "model": ["parameters", "link", "spectrum", "morphology", "source", "packing", "scene"],
+    "infer": [
+        "progress",
+        "problem",
+        "posterior",
+        "quadratic",
+        "descent",
+        "dense",
+        "solvers",
+        "fit",
+        "batch",
+        "laplace",
+        "target",
+        "diagnostics",
+        "chains",
+        "guides",
+        "sample",
+    ],
     "survey": ["measure", "catalog", "initialize"],
     "app": ["fitsfile", "color", "panels", "plot", "serialization", "io", "datasets", "config", "pipeline", "cli"],
 }

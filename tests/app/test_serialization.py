@@ -16,7 +16,7 @@ from numpyro.distributions.transforms import ExpTransform
 from scenefit.app import serialization
 from scenefit.app.serialization import atomic_path, load, save
 from scenefit.arrays.box import Box
-from scenefit.data.noise import WhiteNoise
+from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
 from scenefit.data.observation import Astrometry, Observation
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
@@ -96,17 +96,18 @@ def make_wcs(kind="CD") -> WCS:
 def make_observation(kind="CD", name="HSC", **options) -> Observation:
     data = RNG.normal(size=(2, 16, 18))
     data[0, 3, 4] = np.nan
-    options = {"zeropoint": [27.0, 26.5]} | options
+    weights = RNG.uniform(1, 2, size=data.shape)
+    options = {"zeropoint": [27.0, 26.5]} | ({} if "noise" in options else {"weights": weights}) | options
     y, x = np.mgrid[:15, :14]
     psf = np.stack([np.exp(-((y - 7) ** 2 + (x - 6.4) ** 2) / 8), np.exp(-((y - 7) ** 2 + (x - 6.3) ** 2) / 9)])
     return Observation(
         data,
-        weights=RNG.uniform(1, 2, size=data.shape),
         psf=ImagePSF(psf, center="centroid"),
         wcs=make_wcs(kind),
         channels=["g", ("r", 3)],
         name=name,
         background=[0.1, 0.2],
+        background_slope=[(1e-3, -2e-3), (1e-3 / 3, 0.0)],
         astrometry=Astrometry([0.01, -0.02]),
         **options,
     )
@@ -148,6 +149,11 @@ EXAMPLES = {
     "ImagePSF": ImagePSF(RNG.uniform(0.5, 1, size=(2, 8, 7)), center="centroid", oversampling=1.5),
     "Frame": make_scene().frame,
     "WhiteNoise": WhiteNoise(RNG.uniform(0, 1, size=(2, 3, 4))),
+    "StudentTNoise": StudentTNoise(RNG.uniform(0, 1, size=(2, 3, 4)), 10 / 3),
+    "FloorNoise": FloorNoise(RNG.uniform(0, 1, size=(2, 3, 4)), [1 / 3, 2.0]),
+    "PoissonNoise": PoissonNoise(
+        np.where(RNG.random((2, 3, 4)) < 0.1, np.nan, RNG.poisson(3.0, (2, 3, 4))), [1 / 3, 2]
+    ),
     "Astrometry": Astrometry([0.1, -0.2]),
     "Observation": make_observation(),
     "ArraySpectrum": ArraySpectrum([1.0, 1 / 3]),
@@ -277,6 +283,27 @@ def test_observation_without_zeropoint_stays_in_its_units(tmp_path):
     loaded = round_trip(tmp_path, obs)
     assert loaded.flux_unit == "data units"
     assert_identical(loaded, obs)
+
+
+@pytest.mark.parametrize("noise", [StudentTNoise, FloorNoise, PoissonNoise])
+def test_observations_with_any_noise(tmp_path, noise):
+    """In nJy, with pixels that carry no information."""
+    values = RNG.uniform(1, 2, size=(2, 16, 18))
+    obs = make_observation(noise=noise(values, [0.3, 1 / 3]) if noise is FloorNoise else noise(values))
+    assert not obs.noise.valid.all()
+    loaded = round_trip(tmp_path, obs)
+    assert_identical(loaded, obs)
+    assert loaded.log_likelihood(EXAMPLES["Scene"]) == obs.log_likelihood(EXAMPLES["Scene"])
+
+
+def test_files_from_before_there_were_slopes(tmp_path, monkeypatch):
+    obs = make_observation()
+    whole = serialization.to_tree(obs)
+    del whole["background_slope"]
+    with monkeypatch.context() as patch:
+        patch.setattr(serialization, "to_tree", lambda _: whole)
+        save(tmp_path / "old.asdf", obs)
+    assert_identical(load(tmp_path / "old.asdf"), obs.with_background(obs.background, np.zeros((2, 2))))
 
 
 def test_loaded_scene_and_observations_predict_the_same(tmp_path):

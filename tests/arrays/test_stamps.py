@@ -14,14 +14,14 @@ SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations(ra
 @pytest.fixture
 def arguments(rng):
     """Canvas, spectra, stamps (they overlap, two lie on the edges) and origins."""
-    canvas, spectra, stamps = rng.normal(size=(2, 9, 11)), rng.normal(size=(4, 2)), rng.normal(size=(4, 3, 5))
+    canvas, spectra, stamps = rng.normal(size=(2, 9, 11)), rng.normal(size=(4, 2)), rng.normal(size=(4, 1, 3, 5))
     return canvas, spectra, stamps, np.array([[0, 0], [2, 3], [3, 4], [6, 6]])
 
 
 def dense(canvas, spectra, stamps, origins):
     image = canvas.copy()
     for spectrum, stamp, (y, x) in zip(spectra, stamps, origins, strict=True):
-        image[:, y : y + stamp.shape[0], x : x + stamp.shape[1]] += spectrum[:, None, None] * stamp
+        image[:, y : y + stamp.shape[1], x : x + stamp.shape[2]] += spectrum[:, None, None] * stamp
     return image
 
 
@@ -105,7 +105,7 @@ def test_padded_members_add_nothing(arguments):
 
 def test_the_program_does_not_grow_with_the_number_of_stamps():
     def program(count):
-        shapes = ((2, 30, 30), (count, 2), (count, 5, 5))
+        shapes = ((2, 30, 30), (count, 2), (count, 1, 5, 5))
         given = (*(jnp.zeros(shape) for shape in shapes), jnp.zeros((count, 2), int))
         gradient = jax.grad(lambda *args: add_stamps(*args).sum(), argnums=(0, 1, 2))
         return len(str(jax.make_jaxpr(gradient)(*given)).splitlines())

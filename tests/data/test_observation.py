@@ -7,7 +7,7 @@ from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from scenefit.data.noise import WhiteNoise
+from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
 from scenefit.data.observation import Astrometry, Observation
 from scenefit.model.morphology import PointMorphology
 from scenefit.model.scene import Scene
@@ -247,6 +247,92 @@ def test_render_adds_the_background(data, frame, model):
     np.testing.assert_allclose(plain.with_background([1.0, 2.0]).render(model), lifted.render(model), rtol=1e-12)
 
 
+@pytest.mark.parametrize("slope", [(0.5, -0.25), [(0.5, -0.25), (0.0, 2.0)]])
+def test_the_background_is_a_plane(data, slope):
+    obs = observe(data, background=[1.0, 2.0], background_slope=slope)
+    slope = np.broadcast_to(slope, (2, 2))
+    np.testing.assert_array_equal(obs.background_slope, slope)
+    image = obs.background_image()
+    assert image.shape == SHAPE
+    # 1e-12: rounding in float64. The value in the middle, between pixels, is the mean, and that of opposite corners.
+    np.testing.assert_allclose(image.mean(axis=(1, 2)), [1.0, 2.0], rtol=1e-12)
+    np.testing.assert_allclose((image[:, 0, 0] + image[:, -1, -1]) / 2, [1.0, 2.0], rtol=1e-12)
+    np.testing.assert_allclose(np.diff(image, axis=1), slope[:, :1, None] + np.zeros((2, 11, 14)), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.diff(image, axis=2), slope[:, 1:, None] + np.zeros((2, 12, 13)), rtol=0, atol=1e-12)
+
+
+def test_without_a_slope_the_background_is_constant(data):
+    obs = observe(data, background=[1.0, 2.0])
+    np.testing.assert_array_equal(obs.background_slope, np.zeros((2, 2)))
+    np.testing.assert_array_equal(obs.background_image(), np.ones(SHAPE) * np.array([1.0, 2.0])[:, None, None])
+    np.testing.assert_array_equal(observe(data).background_image(), 0)
+
+
+def test_render_adds_the_slope(data, frame, model):
+    plain, tilted = (
+        observe(data, **o).match(frame) for o in ({}, {"background": 3.0, "background_slope": (0.5, -1.0)})
+    )
+    # 1e-12: the same rendering plus a plane in float64.
+    np.testing.assert_allclose(tilted.render(model), plain.render(model) + tilted.background_image(), rtol=1e-12)
+    expected = observe(data - tilted.background_image()).match(frame)
+    # 1e-5: single precision.
+    np.testing.assert_allclose(tilted.chi_square(model), expected.chi_square(model), rtol=1e-5)
+
+
+def test_outside_the_frame_there_is_the_tilted_sky():
+    obs = make_observation((20, 20), background=0.5, background_slope=(0.1, 0.2))
+    small = Frame((8, 8), channels="g", wcs=tangent_wcs((8, 8), 0.1))
+    image = obs.match(small).render(np.zeros((1, 8, 8)))
+    # Exact: nothing is added.
+    np.testing.assert_array_equal(image, obs.background_image())
+
+
+@pytest.mark.parametrize(
+    ("options", "slope"),
+    [
+        ({"zeropoint": [27.0, 30.0]}, [(0.1, 0.2), (0.3, 0.4)]),
+        ({"unit": "uJy"}, (0.1, 0.2)),
+        ({"unit": "uJy"}, [100, 200] * u.nJy),
+        ({"unit": "uJy"}, (100 * u.nJy, 0.2 * u.uJy)),
+    ],
+)
+def test_slopes_become_nanojansky(data, options, slope):
+    obs = observe(data, background_slope=slope, **options)
+    plain = [(0.1, 0.2), (0.3, 0.4)] if "zeropoint" in options else [(0.1, 0.2)] * 2
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(obs.background_slope, np.array(plain) * obs.nanojansky[:, None], rtol=1e-12)
+
+
+def test_with_background_changes_the_slope_if_asked(data):
+    obs = observe(data, unit="nJy", background_slope=(0.1, 0.2))
+    np.testing.assert_array_equal(obs.with_background(2.0).background_slope, [(0.1, 0.2)] * 2)
+    both = obs.with_background([2.0, 3.0], slope=[0.001, 0.002] * u.uJy)
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(both.background_slope, [(1.0, 2.0)] * 2, rtol=1e-12)
+    np.testing.assert_array_equal(both.background, [2.0, 3.0])
+    each = obs.with_background(2.0, [(1.0, 2.0), (3.0, 4.0)])
+    np.testing.assert_array_equal(each.background_slope, [(1.0, 2.0), (3.0, 4.0)])
+    np.testing.assert_array_equal(obs.background_slope, [(0.1, 0.2)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("slope", "error", "message"),
+    [
+        (0.5, ValueError, r"background_slope wants finite \(y, x\), or \(y, x\) for each of 2 channels; got 0.5"),
+        ([1.0, 2.0, 3.0], ValueError, r"background_slope wants finite \(y, x\).*got \[1. 2. 3.\]"),
+        ([1.0, np.nan], ValueError, r"background_slope wants finite \(y, x\)"),
+        ([1.0, 2.0] * u.m, ValueError, "background_slope must be in nJy or a unit that converts"),
+        ("steep", TypeError, "background_slope must be real numbers .*got 'steep'"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_have_it")
+def test_bad_slopes_are_refused(data, slope, error, message):
+    with pytest.raises(error, match=f"^HSC: {message}"):
+        observe(data, unit="nJy", name="HSC", background_slope=slope)
+    with pytest.raises(error, match=f"^HSC: {message}"):
+        observe(data, unit="nJy", name="HSC").with_background(1.0, slope=slope)
+
+
 def test_render_needs_a_renderer(data, model):
     with pytest.raises(ValueError, match=r"obs-x has no renderer yet: use obs\.match\(frame\)"):
         observe(data, name="obs-x").render(model)
@@ -318,6 +404,65 @@ def test_residual_chi_square_and_likelihood(data, rng, frame, model):
     np.testing.assert_allclose(obs.chi_square(model), (weights * residual**2).sum(axis=(1, 2)), rtol=1e-5)
     expected = scipy.stats.norm(prediction[valid], 1 / np.sqrt(weights[valid])).logpdf(data[valid]).sum()
     assert obs.log_likelihood(model) == pytest.approx(expected, rel=1e-5)
+
+
+NOISES = {
+    "white": (WhiteNoise, lambda w: scipy.stats.norm(0, w**-0.5)),
+    "student": (StudentTNoise, lambda w: scipy.stats.t(5, 0, (0.6 / w) ** 0.5)),
+    "floor": (lambda w: FloorNoise(w, [0.7, 2.0]), lambda w: scipy.stats.norm(0, np.sqrt(1 / w + FLOOR_VARIANCE))),
+}
+FLOOR_VARIANCE = np.array([0.7, 2.0])[:, None, None] ** 2
+
+
+@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("options", [{}, {"zeropoint": [20.0, 60.0]}])
+def test_the_likelihood_has_the_noise(data, rng, frame, model, name, options):
+    """In nJy, too, of which a data unit is 4e4 and 4e-12: it changes by the Jacobian alone."""
+    make, distribution = NOISES[name]
+    weights, mask = rng.uniform(0.5, 2, SHAPE), rng.random(SHAPE) < 0.1
+    obs = observe(data, weights=None, noise=make(weights), mask=mask, background=0.3, **options).match(frame)
+    unit = obs.nanojansky[:, None, None]
+    prediction = observe(data, background=0.3).match(frame).render(model)
+    expected = (distribution(weights).logpdf(data - prediction) - np.log(unit))[~mask].sum()
+    # 1e-5: sums of 300 squares in single precision.
+    assert obs.log_likelihood(model * unit) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"zeropoint": [20.0, 60.0]}])
+def test_the_likelihood_of_counts(rng, frame, model, options):
+    gain, sky = np.array([1.5, 40.0]), np.array([2.0, 0.05])
+    prediction = observe(np.zeros(SHAPE), background=sky).match(frame).render(model)
+    counts = rng.poisson(prediction * gain[:, None, None])
+    mask = rng.random(SHAPE) < 0.1
+    noise = PoissonNoise(counts, gain)
+    data = counts / gain[:, None, None]
+    obs = observe(data, weights=None, noise=noise, mask=mask, background=sky, **options).match(frame)
+    expected = scipy.stats.poisson.logpmf(counts, prediction * gain[:, None, None])[~mask].sum()
+    # 1e-5: sums of 300 squares in single precision.
+    assert obs.log_likelihood(model * obs.nanojansky[:, None, None]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_noise(data, frame, model):
+    """It is in the units of the observation, and what was masked stays so."""
+    mask = data > 12
+    obs = observe(data, mask=mask, unit="uJy").match(frame)
+    other = obs.with_noise(WhiteNoise(np.full(SHAPE, 4.0)))
+    np.testing.assert_array_equal(other.noise.weights, 4.0 * ~mask)
+    np.testing.assert_array_equal(obs.noise.weights, 1e-6 * ~mask)
+    expected = observe(data * 1e3, weights=4.0, mask=mask).match(frame).log_likelihood(model)
+    # 1e-5: sums of 300 squares in single precision.
+    assert other.log_likelihood(model) == pytest.approx(expected, rel=1e-5)
+    # What it has no information about is lost.
+    fewer = obs.with_noise(WhiteNoise(np.where(np.arange(14) == 3, 0.0, np.ones(SHAPE))))
+    np.testing.assert_array_equal(fewer.noise.valid, ~mask & (np.arange(14) != 3))
+    with pytest.raises(ValueError, match=r"^obs: the noise has shape \(1, 2, 3\), the data \(1, 12, 14\)"):
+        make_observation().with_noise(WhiteNoise(np.ones((1, 2, 3))))
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_another_noise_is_a_noise():
+    with pytest.raises(TypeError, match=r"^obs: noise= wants a noise model .*; got 3.0"):
+        make_observation().with_noise(3.0)
 
 
 @pytest.mark.parametrize("factor", [1e-20, 1e10])

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 from numpyro.distributions import constraints
 
+from scenefit.data.noise import FloorNoise
 from scenefit.infer import posterior
 from scenefit.infer.problem import Problem, State, smooth_range, unconstrained
 from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
@@ -32,13 +33,14 @@ from tests.blends import (
 from tests.blends import frame_of as make_frame
 from tests.helpers import compiled_for
 
-SHIFT, BACKGROUND = (0.03, -0.05), 0.7
+SHIFT, BACKGROUND, SLOPE = (0.03, -0.05), 0.7, [(0.02, -0.01), (0.0, 0.03)]
 evaluate_loss = eqx.filter_jit(Problem.loss)
 
 
 def everything_free(scene, observations):
     """Free all parameters but the shift of the fine image and the centers of images, which their pixels stand for."""
     parameters = Parameters.default(scene, observations).free("observations.*.background")
+    parameters = parameters.free("observations.*.background_slope")
     return parameters.free("observations.coarse.astrometry.shift")
 
 
@@ -322,6 +324,25 @@ def test_build_and_unpack_are_a_round_trip(frame, observations, mixed, eps):
         np.testing.assert_allclose(new.background, old.background, rtol=20 * eps)
 
 
+@pytest.mark.parametrize("factor", [1e-20, 1.0, 1e10])
+def test_slopes_and_floors_arrive_in_data_units(frame, factor, eps):
+    fine, coarse = observe(scale=factor)
+    noise, slope = FloorNoise(coarse.noise.weights, factor * np.array([0.4, 0.7])), factor * np.array(SLOPE)
+    observations = [obs.match(frame) for obs in (fine, coarse.with_noise(noise).with_background(0.0, slope))]
+    scene = rough_scene(frame, scale=factor)
+    problem, state, layout = posterior.build(scene, observations, everything_free(scene, observations))
+    _, (_, again) = posterior.unpack(problem, state, layout, scene, observations)
+    # 20 eps: single precision of the packed arrays, and a logarithm and back.
+    np.testing.assert_allclose(again.background_slope, slope, rtol=20 * eps)
+    np.testing.assert_allclose(again.noise.floor, noise.floor, rtol=20 * eps)
+    (leaf,) = (leaf for leaf in problem.leaves if leaf.name == "noise.floor")
+    vector = state.vector.at[leaf.start : leaf.stop].add(jnp.log(2.0))
+    _, (_, twice) = posterior.unpack(problem, State(vector, state.images), layout, scene, observations)
+    np.testing.assert_allclose(twice.noise.floor, 2 * noise.floor, rtol=20 * eps)
+    # What has no floor is left alone.
+    np.testing.assert_array_equal(twice.noise.weights, coarse.noise.weights)
+
+
 def test_parts_keep_their_order(frame, observations):
     parts = {name: Source((20.0, 20.0), [1.0, 1.0, 1.0], PointMorphology()) for name in ("nucleus", "disk")}
     scene = Scene(frame, {"z": CompositeSource(parts), "a": parts["disk"]})
@@ -385,7 +406,8 @@ def precise():
     with jax.enable_x64(True):
         frame = make_frame()
         fine, coarse = observe()
-        observations = [fine.match(frame), coarse.with_shift(SHIFT).with_background(BACKGROUND).match(frame)]
+        coarse = coarse.with_noise(FloorNoise(coarse.noise.weights, [0.4, 0.7]))
+        observations = [fine.match(frame), coarse.with_shift(SHIFT).with_background(BACKGROUND, SLOPE).match(frame)]
         scene = mixed_scene(frame)
         parameters = everything_free(scene, observations)
         parameters = parameters.prior("sources.galaxy.morphology.half_light_radius", dist.Normal(1.2, 0.3))
@@ -399,7 +421,17 @@ def precise():
 
 @pytest.mark.parametrize(
     "name",
-    ["flux", "center", "morphology.half_light_radius", "morphology.ellipticity", "shift", "background", "image pixel"],
+    [
+        "flux",
+        "center",
+        "morphology.half_light_radius",
+        "morphology.ellipticity",
+        "shift",
+        "background",
+        "background_slope",
+        "noise.floor",
+        "image pixel",
+    ],
 )
 def test_the_gradient_equals_finite_differences(precise, name):
     problem, state, gradient = precise
@@ -433,7 +465,8 @@ def test_every_parameter_changes_the_log_density(precise):
     assert free.images[0].sum() == 81
     # A fixed parameter has no slope to follow either: padding has no coordinate that matters.
     names = {leaf.name for leaf in problem.leaves}
-    assert names == {"center", "flux", "morphology.half_light_radius", "morphology.ellipticity", "shift", "background"}
+    shapes = {"morphology.half_light_radius", "morphology.ellipticity"}
+    assert names == shapes | {"center", "flux", "shift", "background", "background_slope", "noise.floor"}
 
 
 def test_fixed_parameters_are_not_free(frame, observations):

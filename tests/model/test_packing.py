@@ -1,14 +1,37 @@
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
-from scenefit.model.packing import component_box, evaluate_stacks, flux_units, merged_buckets, model_psf_sigma, pack
+from scenefit.arrays.profiles import COMPACT_RINGS
+from scenefit.model.link import BSpline, PerBand, Polynomial
+from scenefit.model.morphology import (
+    HALF_LIGHT_PER_SIGMA,
+    ExponentialMorphology,
+    GaussianMorphology,
+    MultiGaussianMorphology,
+    PixelMorphology,
+    PointMorphology,
+    SersicMorphology,
+    in_channels,
+)
+from scenefit.model.packing import (
+    MAX_ROOM,
+    component_box,
+    evaluate_stacks,
+    flux_units,
+    merged_buckets,
+    model_psf_sigma,
+    pack,
+    transform_stacks,
+)
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import StaticSpectrum, TransientSpectrum
 from scenefit.sky.frame import Frame
 from tests.blends import gaussian_density
+from tests.helpers import compiled_for
 
 SHAPE = (48, 52)
 PSF_SIGMA = 0.7
@@ -35,8 +58,16 @@ def fluxes(component):
     return np.asarray(spectrum.flux)
 
 
+def is_wide(morphology):
+    """Whether a profile is sampled, without a cut of high frequencies."""
+    return morphology.half_light_radius / HALF_LIGHT_PER_SIGMA > COMPACT_RINGS[1]
+
+
+evaluate_profile = eqx.filter_jit(lambda morphology, y, x, psf_sigma: morphology.evaluate(y, x, psf_sigma))
+
+
 def brute_force(components, shape=SHAPE):
-    """Sum of all components on the frame in float64: full profiles, images pasted pixel by pixel."""
+    """Sum of all components on the frame: full profiles (from the formula, if wide), images pasted pixel by pixel."""
     image = np.zeros((3, *shape))
     y, x = np.mgrid[: shape[0], : shape[1]]
     for component in components:
@@ -46,14 +77,14 @@ def brute_force(components, shape=SHAPE):
             corner = np.rint(component.center).astype(int) - morphology.anchor
             for index, value in np.ndenumerate(morphology.image):
                 plane[tuple(corner + index)] = value
-        elif isinstance(morphology, PointMorphology):
-            offsets = (axis - at for axis, at in zip((y[:, 0], x[0]), component.center, strict=True))
-            plane = np.asarray(morphology.evaluate(*offsets, PSF_SIGMA))
-        else:
-            sigma, e = morphology.half_light_radius / np.sqrt(2 * np.log(2)), morphology.ellipticity
+        elif isinstance(morphology, GaussianMorphology) and is_wide(morphology):
+            sigma, e = morphology.half_light_radius / HALF_LIGHT_PER_SIGMA, morphology.ellipticity
             shape_matrix = np.array([[1 - e[0], e[1]], [e[1], 1 + e[0]]])
             moments = PSF_SIGMA**2 * np.eye(2) + sigma**2 * shape_matrix / np.sqrt(np.linalg.det(shape_matrix))
             plane = gaussian_density(y - component.center[0], x - component.center[1], moments)
+        else:
+            offsets = (axis - at for axis, at in zip((y[:, 0], x[0]), component.center, strict=True))
+            plane = np.asarray(evaluate_profile(morphology, *offsets, PSF_SIGMA))
         image += fluxes(component)[:, None, None] * plane
     return image
 
@@ -148,7 +179,9 @@ def test_members_say_where_their_stamps_are():
         mask = np.asarray(stack.mask[member.row])
         rows, columns = np.nonzero(mask)
         origin = np.asarray(stack.origin[member.row])
-        assert member.box == component_box(component, frame)
+        needed = component_box(component, frame)
+        assert member.box.intersection(needed) == needed
+        assert member.box == needed or not isinstance(component.morphology, PixelMorphology)
         assert mask.sum() == np.prod(member.box.shape)
         assert (origin[0] + rows.min(), origin[1] + columns.min()) == member.box.origin
         assert (rows.min(), columns.min()) == member.offset
@@ -225,3 +258,146 @@ def test_more_sources_of_one_padded_shape_compile_nothing():
             # 1e-4: as for many sources, with room for rounding in float32.
             np.testing.assert_allclose(image, expected, atol=1e-4 * expected.max())
     assert len(traces) == 1
+
+
+# ---- room to grow
+
+
+def test_stamps_of_few_profiles_have_room_to_grow():
+    """A profile in a fit may grow without a new stamp, where that costs little beside the transforms of the canvas."""
+    frame = Frame((120, 130), channels=("g",), padding=20)
+    galaxy = ("0", Source((60, 60), [1.0], ExponentialMorphology(2.0)))
+    image = ("1", Source((60, 60), [1.0], PixelMorphology(np.ones((9, 9)))))
+    _, (large, fixed) = pack(frame, [galaxy, image])
+    assert large.box == component_box(galaxy[1], frame, MAX_ROOM)
+    assert large.box.shape[0] > 2 * component_box(galaxy[1], frame).shape[0]
+    assert fixed.box == component_box(image[1], frame)
+    many = [(str(n), Source((60, 60), [1.0], ExponentialMorphology(2.0))) for n in range(40)]
+    _, members = pack(frame, many)
+    assert {member.box for member in members} == {component_box(galaxy[1], frame)}
+
+
+def test_room_does_not_outweigh_the_canvas():
+    frame = Frame((120, 130), channels=("g",), padding=20)
+    for count in (1, 4, 8, 12):
+        components = [(str(n), Source((60, 60), [1.0], ExponentialMorphology(2.0))) for n in range(count)]
+        _, members = pack(frame, components)
+        # 10 %: halves are rounded up to whole pixels.
+        assert sum(np.prod(member.box.shape) for member in members) < 1.1 * np.prod(frame.fft_shape)
+
+
+# ---- links: stamps of one plane a channel
+
+
+WAVELENGTHS = {"g": 0.48, "r": 0.62, "i": 0.75}
+TREND = Polynomial([1.0, 2.5], WAVELENGTHS)
+PER_BAND = PerBand({"g": 1.2, "r": 2.2})
+LINKED = [
+    GaussianMorphology(TREND, (0.2, 0.3)),
+    GaussianMorphology(PER_BAND),
+    GaussianMorphology(BSpline([1.0, 2.0, 3.0], WAVELENGTHS, 2)),
+    GaussianMorphology(2.0, PerBand({"g": (0.3, 0.0), "r": (0.0, 0.3)})),
+    ExponentialMorphology(PER_BAND, PerBand({"g": (0.3, 0.0), "r": (0.0, 0.3)})),
+    SersicMorphology(1.5, PerBand({"g": 1.0, "r": 3.0})),
+    MultiGaussianMorphology([0.5, 1.5], PerBand({"g": (1.0, 3.0), "r": (2.0, 1.0)})),
+    GaussianMorphology(2.0),
+    PointMorphology(),
+]
+
+
+def evaluate(frame, stacks):
+    """The image of stacks on the canvas, in float64."""
+    function = eqx.filter_jit(lambda stacks, psf_sigma: evaluate_stacks(stacks, psf_sigma, (3, *frame.fft_shape)))
+    return np.asarray(function(stacks, jnp.asarray(PSF_SIGMA)), float)
+
+
+def linked_components():
+    return [
+        (f"sources.{n}", Source((15.0 + 2 * n, 30.0 - n), RNG.uniform(1, 9, 3), morphology))
+        for n, morphology in enumerate(LINKED)
+    ]
+
+
+def test_components_share_a_stack_if_the_values_of_their_links_have_one_shape():
+    frame = make_frame(padding=300)
+    stacks, members = pack(frame, linked_components())
+    # The first two have links of two values, of whichever kind, the third three, the fourth for another parameter.
+    assert len({member.stack for member in members}) == len(LINKED) - 1
+    assert members[0].stack == members[1].stack
+    stack = stacks[members[0].stack]
+    assert stack.bases.keys() == {"half_light_radius"}
+    for member, link in zip(members[:2], (TREND, PER_BAND), strict=True):
+        # 1e-6: the conversion to float32.
+        np.testing.assert_allclose(stack.bases["half_light_radius"][member.row], link.basis(CHANNELS), rtol=1e-6)
+        np.testing.assert_allclose(stack.morphology.half_light_radius[member.row], link.values, rtol=1e-6)
+    assert stacks[members[4].stack].bases.keys() == {"half_light_radius", "ellipticity"}
+    assert stacks[members[7].stack].bases == {}
+
+
+def test_stamps_have_one_plane_or_one_a_channel():
+    components = {path.removeprefix("sources."): each for path, each in linked_components()[3:]}
+    stamps = Scene(make_frame(), components).stamps()
+    rows, columns = np.arange(SHAPE[0]), np.arange(SHAPE[1])
+    for name, component in components.items():
+        box, planes = stamps[f"sources.{name}"]
+        shapes = in_channels(component.morphology, CHANNELS)
+        assert planes.shape == (len(shapes), *box.shape)
+        for plane, shape in zip(planes, shapes, strict=True):
+            y, x = component.center
+            expected = np.asarray(evaluate_profile(shape, rows - y, columns - x, PSF_SIGMA))[box.slices]
+            # 1e-4: the number of rings follows from the stamp; further rings are nearly flat.
+            np.testing.assert_allclose(plane, expected, atol=1e-4 * expected.max())
+
+
+def test_stamps_of_links_are_as_large_as_the_largest_plane():
+    component = Source((24, 26), np.ones(3), GaussianMorphology(PerBand({"g": 1.0, "r": 4.0})))
+    for room in (1.0, 1.5):
+        box = component_box(component, make_frame(), room)
+        largest = component_box(Source((24, 26), np.ones(3), GaussianMorphology(4.0)), make_frame(), room)
+        assert box == largest
+
+
+def test_padding_with_links_adds_nothing(eps):
+    """Five sources are padded to six."""
+    frame = make_frame()
+    components = [(str(n), Source((20.0 + n, 25.0), [1.0, 2.0, 3.0], GaussianMorphology(TREND))) for n in range(5)]
+    (stack,), _ = pack(frame, components)
+    assert len(stack.origin) == 6
+    assert not stack.mask[5].any()
+    assert np.isfinite(stack.bases["half_light_radius"]).all()
+    image = evaluate(frame, [stack])[:, : SHAPE[0], : SHAPE[1]]
+    expected = np.zeros((3, *SHAPE))
+    for number, shape in enumerate(in_channels(GaussianMorphology(TREND), CHANNELS)):
+        plain = [Source(c.center, c.spectrum, shape) for _, c in components]
+        expected[number] = brute_force(plain)[number]
+    # As for many sources.
+    np.testing.assert_allclose(image, expected, atol=(2e-5 + 50 * eps) * image.max())
+
+
+@pytest.mark.parametrize("chosen", [[], LINKED[-1:], [LINKED[7]] * 3, LINKED[6:8]], ids=len)
+def test_the_transform_of_stacks(chosen, eps):
+    """With fewer components than channels, with more, and with links."""
+    frame = make_frame()
+    components = [(str(n), Source((20, 25 + n), [1.0, 2.0, 3.0], m)) for n, m in enumerate(chosen)]
+    stacks, _ = pack(frame, components)
+    expected = np.fft.rfft2(evaluate(frame, stacks))
+    transform = eqx.filter_jit(lambda stacks, psf_sigma: transform_stacks(stacks, psf_sigma, (3, *frame.fft_shape)))
+    spectrum = transform(stacks, jnp.asarray(PSF_SIGMA))
+    # 50 eps: rounding in transforms of 6000 values, relative to their sum.
+    np.testing.assert_allclose(spectrum, expected, atol=50 * eps * max(1.0, np.abs(expected).max()))
+
+
+def test_other_links_of_the_same_shape_compile_nothing():
+    """Neither the kind of a link nor its wavelengths are part of the compiled program."""
+    frame, kinds = make_frame(), set()
+    others = [
+        TREND,
+        Polynomial([2.0, 2.2], {"g": 0.5, "r": 0.7}),
+        BSpline([1.0, 1.5], WAVELENGTHS, 1),
+        PER_BAND,
+    ]
+    for link in others:
+        stacks, _ = pack(frame, [("0", Source((24, 26), [1.0, 2.0, 3.0], GaussianMorphology(link)))])
+        kinds.add(compiled_for(stacks))
+    # At most two sizes of stamps.
+    assert len(kinds) <= 2

@@ -3,6 +3,7 @@ import galsim
 import numpy as np
 import pytest
 
+from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import EXTENT_TOLERANCE, AbstractPSF, GaussianPSF, ImagePSF, as_psf
 from tests.helpers import final_classes, gaussian_image, spectrum_sum
 
@@ -14,7 +15,10 @@ def elliptical_image(shape, center, sigma=1.6):
 
 
 def gaussian_reference(sigma, integrate_pixel):
-    profile = galsim.Gaussian(sigma=sigma)
+    return profile_transform(galsim.Gaussian(sigma=sigma), integrate_pixel)
+
+
+def profile_transform(profile, integrate_pixel):
     if integrate_pixel:
         profile = galsim.Convolve(profile, galsim.Pixel(1.0))
 
@@ -25,6 +29,17 @@ def gaussian_reference(sigma, integrate_pixel):
     return transform
 
 
+def mixture(*channels, integrate_pixel=False):
+    """A mixture, and its references: channels of components (weight, matrix that stretches a round Gaussian in x, y)."""
+    # Squared, these matrices are covariances; those of the PSF are in (y, x).
+    weights = [[w for w, _ in components] for components in channels]
+    covariances = [[(np.array(a) @ np.transpose(a))[::-1, ::-1] for _, a in components] for components in channels]
+    round_one = galsim.Gaussian(sigma=1.0)
+    profiles = [galsim.Sum([round_one.transform(*np.ravel(a)).withFlux(w) for w, a in each]) for each in channels]
+    references = [profile_transform(profile, integrate_pixel) for profile in profiles]
+    return GaussianMixturePSF(weights, covariances, integrate_pixel=integrate_pixel), references
+
+
 def image_reference(image, center, oversampling=1.0):
     return lambda qy, qx: spectrum_sum(image / image.sum(), qy, qx, center, 1 / oversampling)
 
@@ -33,6 +48,8 @@ ODD = elliptical_image((21, 23), (10, 11))
 FINE = elliptical_image((45, 45), (22, 22), sigma=4.5)
 EVEN = elliptical_image((20, 22), (9.7, 10.4))
 
+NARROW, WIDE, TILTED = [[1.0, 0.3], [0.2, 1.3]], [[3.0, 0.0], [0.0, 3.5]], [[1.5, 0.8], [0.0, 0.9]]
+
 # name: PSF, and the transfer function of each of its channels by other means
 EXAMPLES = {
     "gaussian": (GaussianPSF(1.3), [gaussian_reference(1.3, False)]),
@@ -40,6 +57,8 @@ EXAMPLES = {
         GaussianPSF([0.9, 1.8], integrate_pixel=True),
         [gaussian_reference(0.9, True), gaussian_reference(1.8, True)],
     ),
+    "mixture": mixture([(0.7, NARROW), (0.3, WIDE)]),
+    "mixtures with pixel": mixture([(0.6, NARROW), (0.4, TILTED)], [(0.2, WIDE), (0.8, NARROW)], integrate_pixel=True),
     "image": (ImagePSF(3.0 * ODD), [image_reference(ODD, (10, 11))]),
     "images": (
         ImagePSF(np.stack([ODD, ODD[::-1, ::-1]])),

@@ -145,7 +145,7 @@ def scene(scene, observations, *, labels: bool = True, boxes: bool = True, chann
     _mark_scene(model_axes, scene, None, labels, boxes)
     for obs, image, values, (shown, title), axes in zip(matched, rendered, chi, maps, rows, strict=True):
         look = _look(obs)
-        light = np.where(_covered(obs), image - obs.background[:, None, None], np.nan)
+        light = np.where(_covered(obs), image - obs.background_image(), np.nan)
         show_rgb(axes[0], asinh_rgb(_light(obs), **look), obs.wcs)
         show_rgb(axes[1], asinh_rgb(light, **look), obs.wcs, compass=False)
         _mark_scene(axes[0], scene, obs, labels, boxes)
@@ -209,7 +209,7 @@ def sources(scene, observations, names: Sequence[str] | None = None) -> Figure:
         rgb = asinh_rgb(alone[(slice(None), *box.slices)], channel_map=model_map, noise=noise)
         show_rgb(model_axes, rgb, scene.frame.wcs, compass=False)
         for n, obs in enumerate(matched):
-            image = np.where(_covered(obs), obs.render(alone) - obs.background[:, None, None], np.nan)
+            image = np.where(_covered(obs), obs.render(alone) - obs.background_image(), np.nan)
             view = _view(scene.frame, obs, box)
             window = view.intersection(Box(obs.shape[-2:]))
             alone_here, residual = (plane[(slice(None), *window.slices)] for plane in (image, residuals[n]))
@@ -303,7 +303,7 @@ def _known(obs) -> np.ndarray:
 
 def _light(obs) -> np.ndarray:
     """Return the data without background, NaN where there is no information."""
-    return np.where(obs.noise.valid, obs.data - obs.background[:, None, None], np.nan)
+    return np.where(obs.noise.valid, obs.data - obs.background_image(), np.nan)
 
 
 def _look(obs) -> dict:

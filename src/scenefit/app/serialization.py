@@ -32,8 +32,8 @@ from numpyro.distributions.util import lazy_property
 from scenefit.arrays import box
 from scenefit.data import noise, observation
 from scenefit.infer import fit
-from scenefit.model import morphology, parameters, scene, source, spectrum
-from scenefit.sky import frame, psf
+from scenefit.model import link, morphology, parameters, scene, source, spectrum
+from scenefit.sky import frame, mixture, psf
 
 SCHEMA_VERSION = 1
 """Version of the layout of saved files; `MIGRATIONS` has an entry for every older one."""
@@ -43,7 +43,7 @@ MATCHED = ("renderer", "frame")
 """Attributes of an observation that `match` makes anew."""
 INLINE_SIZE = 16
 """Arrays of up to this many numbers stand as text among the rest, larger ones as binary blocks."""
-_MODULES = (box, psf, frame, noise, observation, spectrum, morphology, source, scene, parameters, fit)
+_MODULES = (box, psf, mixture, frame, noise, observation, spectrum, link, morphology, source, scene, parameters, fit)
 
 
 def _public_classes(base: type) -> dict[str, Any]:

@@ -6,15 +6,15 @@ Conventions: `M(k) = sum_p m(p) exp(-2 pi i k.p)` with p in pixels (y, x) and k 
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.fft
 import scipy.special
-from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Complex, Float
+
+from scenefit.arrays.linear import linear_map
 
 WINDOW_WIDTH = 6
 """Grid points a side of the Kaiser-Bessel window; with a grid twice oversampled its error is at most 1.5e-5
@@ -46,48 +46,45 @@ def half_plane_weights(width: int) -> np.ndarray:
     return weights
 
 
-@jax.custom_jvp
 def transform(image: Float[Array, "... y x"]) -> Complex[Array, "... k l"]:
     """Return the Fourier transform of real images, `kx >= 0`: `numpy.fft.rfft2`, with a transpose that is as fast.
 
     (The transpose that JAX derives takes a complex transform of twice the size.)
     """
-    return jnp.fft.rfft2(image)
+    shape = image.shape[-2:]
+    return linear_map(_forwards, _forwards_transposed(shape), (), (image,))[0]
 
 
-@transform.defjvp
-def _transform_jvp(primals, tangents):
-    shape = primals[0].shape[-2:]
-    return transform(*primals), linear_call(_forwards, partial(_forwards_transposed, shape), (), tangents[0])
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def inverse_transform(modes: Complex[Array, "... k l"], shape: tuple[int, int]) -> Float[Array, "... y x"]:
     """Return `sum_k modes(k) exp(2 pi i k.p)` over both half planes on the pixels of `shape`, with a fast transpose."""
-    return jnp.fft.irfft2(modes, s=shape, norm="forward")
+    return linear_map(_backwards(shape), _backwards_transposed(shape), (), (modes,))[0]
 
 
-@inverse_transform.defjvp
-def _inverse_transform_jvp(shape, primals, tangents):
-    derivative = linear_call(partial(_backwards, shape), partial(_backwards_transposed, shape), (), tangents[0])
-    return inverse_transform(*primals, shape), derivative
+def _forwards(_, images):
+    return (jnp.fft.rfft2(images[0]),)
 
 
-def _forwards(_, image):
-    return jnp.fft.rfft2(image)
+# `linear_map` wants the same function for the same shape.
+@functools.cache
+def _forwards_transposed(shape):
+    def transpose(_, modes):
+        weights = jnp.asarray(1 / half_plane_weights(shape[1]), modes[0].real.dtype)
+        return (jnp.fft.irfft2(jnp.conj(modes[0]) * weights, s=shape, norm="forward"),)
+
+    return transpose
 
 
-def _forwards_transposed(shape, _, modes):
-    weights = jnp.asarray(1 / half_plane_weights(shape[1]), modes.real.dtype)
-    return jnp.fft.irfft2(jnp.conj(modes) * weights, s=shape, norm="forward")
+@functools.cache
+def _backwards(shape):
+    return lambda _, modes: (jnp.fft.irfft2(modes[0], s=shape, norm="forward"),)
 
 
-def _backwards(shape, _, modes):
-    return jnp.fft.irfft2(modes, s=shape, norm="forward")
+@functools.cache
+def _backwards_transposed(shape):
+    def transpose(_, images):
+        return (jnp.conj(jnp.fft.rfft2(images[0])) * jnp.asarray(half_plane_weights(shape[1]), images[0].dtype),)
 
-
-def _backwards_transposed(shape, _, image):
-    return jnp.conj(jnp.fft.rfft2(image)) * jnp.asarray(half_plane_weights(shape[1]), image.dtype)
+    return transpose
 
 
 def sample_spectrum(image: np.ndarray, ky: np.ndarray, kx: np.ndarray, origin=(0.0, 0.0), spacing: float = 1.0):

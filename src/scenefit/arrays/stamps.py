@@ -5,13 +5,16 @@ One loop over the stamps, each step a block of memory; neither compile time nor 
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero, linear_call
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
+
+from scenefit.arrays.linear import linear_map
 
 BUCKET_RATIO = 2**0.5
 """Ratio of successive padded sizes: few distinct shapes to compile, at most so many times too many pixels a side."""
@@ -38,17 +41,18 @@ def bucket_count(count: int) -> int:
 def add_stamps(
     canvas: Float[Array, "channel y x"],
     spectra: Float[Array, "stamp channel"],
-    stamps: Float[Array, "stamp h w"],
+    stamps: Float[Array, "stamp plane h w"],
     origins: Int[Array, "stamp 2"],
 ) -> Float[Array, "channel y x"]:
-    """Return the canvas plus `spectra[n, c] * stamps[n]` at rows and columns `origins[n]` onwards, for all n.
+    """Return the canvas plus `spectra[n, c] * stamps[n, c]` at rows and columns `origins[n]` onwards, for all n.
 
-    Every stamp must lie on the canvas entirely. Differentiable (forwards and backwards) in all but `origins`.
+    Stamps have one plane for all channels, or one per channel. Every stamp must lie on the canvas entirely. Differentiable
+    (forwards and backwards) in all but `origins`.
     """
 
     def add(n, image):
-        start = (jnp.zeros_like(origins[n, 0]), origins[n, 0], origins[n, 1])
-        block = lax.dynamic_slice(image, start, (image.shape[0], *stamps.shape[1:]))
+        start = _start(origins[n])
+        block = lax.dynamic_slice(image, start, (image.shape[0], *stamps.shape[2:]))
         return lax.dynamic_update_slice(image, block + spectra[n][:, None, None] * stamps[n], start)
 
     return lax.fori_loop(0, stamps.shape[0], add, canvas)
@@ -58,56 +62,87 @@ def add_stamps(
 def _add_stamps_jvp(primals, tangents):
     canvas, spectra, stamps, origins = primals
     value = add_stamps(canvas, spectra, stamps, origins)
-    # linear_call can only be transposed if all its linear arguments are unknown: leave out those known to be zero.
+    # A linear map can only be transposed if all its arguments are unknown: leave out those known to be zero.
     given = tuple(not isinstance(tangent, SymbolicZero) for tangent in tangents[:3])
     if not any(given):
         return value, jnp.zeros_like(value)
     linear = tuple(tangent for tangent, present in zip(tangents[:3], given, strict=True) if present)
-    forward, backward = partial(_add_tangents, given, canvas.shape), partial(_gather_cotangents, given)
-    return value, linear_call(forward, backward, (spectra, stamps, origins), linear)
+    constants = (spectra, stamps, origins)
+    return value, linear_map(_forward(given, canvas.shape), _backward(given, canvas.shape), constants, linear)[0]
 
 
-def _add_tangents(given, shape, residuals, tangents):
+def _start(origin, *leading):
+    """Return the first indices of a stamp on a canvas of shape (*leading, channel, y, x)."""
+    zero = jnp.zeros_like(origin[0])
+    return (*leading, zero, origin[0], origin[1])
+
+
+# `linear_map` wants the same function for the same shape.
+@functools.cache
+def _forward(given, shape):
     """Return the derivative of `add_stamps` along those tangents of (canvas, spectra, stamps) that are `given`."""
-    spectra, stamps, origins = residuals
-    remaining = iter(tangents)
-    canvas_dot, spectra_dot, stamps_dot = (next(remaining) if present else None for present in given)
-    start_image = jnp.zeros(shape, stamps.dtype) if canvas_dot is None else canvas_dot
-    if spectra_dot is None and stamps_dot is None:
-        return start_image
 
-    def add(n, image):
-        start = (jnp.zeros_like(origins[n, 0]), origins[n, 0], origins[n, 1])
-        block = lax.dynamic_slice(image, start, (image.shape[0], *stamps.shape[1:]))
-        if stamps_dot is not None:
-            block = block + spectra[n][:, None, None] * stamps_dot[n]
-        if spectra_dot is not None:
-            block = block + spectra_dot[n][:, None, None] * stamps[n]
-        return lax.dynamic_update_slice(image, block, start)
+    def forward(constants, tangents):
+        spectra, stamps, origins = constants
+        remaining = iter(tangents)
+        canvas_dot, spectra_dot, stamps_dot = (next(remaining) if present else None for present in given)
+        leading = tangents[0].shape[: tangents[0].ndim - _NDIM[given.index(True)]]
+        image = jnp.zeros((*leading, *shape), stamps.dtype) if canvas_dot is None else canvas_dot
+        if spectra_dot is None and stamps_dot is None:
+            return (image,)
 
-    return lax.fori_loop(0, stamps.shape[0], add, start_image)
+        def add(n, image):
+            start = _start(origins[n], *[jnp.zeros_like(origins[n, 0])] * len(leading))
+            block = lax.dynamic_slice(image, start, (*leading, shape[0], *stamps.shape[2:]))
+            if stamps_dot is not None:
+                block = block + spectra[n][:, None, None] * stamps_dot[..., n, :, :, :]
+            if spectra_dot is not None:
+                block = block + spectra_dot[..., n, :, None, None] * stamps[n]
+            return lax.dynamic_update_slice(image, block, start)
+
+        return (lax.fori_loop(0, stamps.shape[0], add, image),)
+
+    return forward
 
 
-def _gather_cotangents(given, residuals, cotangent):
-    """Return the transpose of `_add_tangents`: the cotangents of those arguments that are `given`."""
-    spectra, stamps, origins = residuals
-    num_channels, shape = cotangent.shape[0], stamps.shape[1:]
-    if not (given[1] or given[2]):
-        return (cotangent,)
+_NDIM = (3, 2, 4)
+"""Axes of canvas, spectra and stamps."""
 
-    def gather(_, row):
-        spectrum, stamp, origin = row
-        start = (jnp.zeros_like(origin[0]), origin[0], origin[1])
-        block = lax.dynamic_slice(cotangent, start, (num_channels, *shape))
-        block = block.reshape(num_channels, -1)
-        return None, (
-            block @ stamp.ravel() if given[1] else (),
-            (spectrum @ block).reshape(shape) if given[2] else (),
+
+@functools.cache
+def _backward(given, shape):
+    """Return the transpose of `_forward`: the cotangents of those arguments that are `given`."""
+
+    def backward(constants, cotangents):
+        spectra, stamps, origins = constants
+        (cotangent,) = cotangents
+        leading = cotangent.shape[: cotangent.ndim - 3]
+        if not (given[1] or given[2]):
+            return (cotangent,)
+
+        def gather(_, row):
+            spectrum, stamp, origin = row
+            start = _start(origin, *[jnp.zeros_like(origin[0])] * len(leading))
+            block = lax.dynamic_slice(cotangent, start, (*leading, shape[0], *stamp.shape[1:]))
+            if len(stamp) > 1:
+                return None, (
+                    jnp.sum(block * stamp, axis=(-2, -1)) if given[1] else (),
+                    block * spectrum[:, None, None] if given[2] else (),
+                )
+            block = block.reshape(*leading, shape[0], -1)
+            return None, (
+                block @ stamp.ravel() if given[1] else (),
+                (spectrum @ block).reshape(*leading, *stamp.shape) if given[2] else (),
+            )
+
+        _, gathered = lax.scan(gather, None, (spectra, stamps, origins))
+        moved = (
+            jnp.moveaxis(g, 0, len(leading)) if present else () for g, present in zip(gathered, given[1:], strict=True)
         )
+        everything = (cotangent, *moved)
+        return tuple(value for value, present in zip(everything, given, strict=True) if present)
 
-    _, gathered = lax.scan(gather, None, (spectra, stamps, origins))
-    everything = (cotangent, *gathered)
-    return tuple(value for value, present in zip(everything, given, strict=True) if present)
+    return backward
 
 
 def gather_stamps(

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jaxtyping import Array, Float
+from numpyro.distributions import constraints
 
 
 class AbstractNoise(eqx.Module):
-    """Distribution of `data - model` over the pixels of an observation, shape (channel, y, x)."""
+    """Distribution of `data - model` over the pixels of an observation, shape (channel, y, x).
+
+    Class attributes
+    ----------------
+    constraints : dict
+        numpyro constraint of every parameter of the noise itself, by field name; shape (channel,), in flux per pixel.
+    """
+
+    constraints: ClassVar[dict[str, constraints.Constraint]]
 
     @property
     @abstractmethod
@@ -28,12 +39,29 @@ class AbstractNoise(eqx.Module):
         """Return the residual in independent units of its standard deviation; 0 where there is no information."""
 
     @abstractmethod
-    def log_normalization(self) -> float:
-        """Return the log-likelihood of a zero residual: minus half the log-determinant of 2 pi times the covariance.
+    def deviance_residual(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
+        """Return the signed root of the deviance of `model - data`: half its square is the loss of a pixel.
 
-        It counts the pixels with information alone, and is summed on the host in float64, so that weights of any unit pass:
-        the noise must not be traced by JAX. `whiten` and `chi_square` may be.
+        For Gaussian noise the whitened residual. With it any noise is a least-squares problem.
         """
+
+    @property
+    @abstractmethod
+    def stiffness(self) -> float:
+        """Largest slope of the deviance residual in units of that of the whitened one, for models near the data."""
+
+    @abstractmethod
+    def log_normalization(self) -> float:
+        """Return the log-likelihood where `deviance_residual` is zero.
+
+        For Gaussian noise, minus half the log-determinant of 2 pi times the covariance. It counts the pixels with
+        information alone, and is summed on the host in float64, so that weights of any unit pass: the noise must not be
+        traced by JAX. `whiten` and `chi_square` may be.
+        """
+
+    @abstractmethod
+    def log_spread(self) -> Float[Array, ""]:
+        """Return the part of minus `log_normalization` that depends on the parameters of the noise; may be traced by JAX."""
 
     @abstractmethod
     def sample(self, key: Array) -> Float[Array, "channel y x"]:
@@ -52,11 +80,11 @@ class AbstractNoise(eqx.Module):
         return jnp.sum(self.whiten(residual) ** 2, axis=(1, 2))
 
     def log_likelihood(self, residual: Float[Array, "channel y x"]) -> Float[Array, ""]:
-        """Return the log-density of the residual, normalised over the valid pixels.
+        """Return the log-density of the residual (model minus data), normalised over the valid pixels.
 
         The residual may be traced by JAX, the noise not (see `log_normalization`).
         """
-        return self.log_normalization() - 0.5 * jnp.sum(self.chi_square(residual))
+        return self.log_normalization() - 0.5 * jnp.sum(self.deviance_residual(residual) ** 2)
 
 
 class WhiteNoise(AbstractNoise):
@@ -74,37 +102,327 @@ class WhiteNoise(AbstractNoise):
     """
 
     weights: np.ndarray | Array
+    constraints: ClassVar = {}
 
     def __init__(self, weights):
-        if not isinstance(weights, jax.Array):
-            weights = np.asarray(weights, dtype=float)
-            _check_weights(weights)
-        self.weights = weights
+        self.weights = _as_weights(weights)
 
     @property
     def valid(self) -> np.ndarray:  # noqa: D102
         return np.asarray(self.weights) > 0
 
     def level(self) -> np.ndarray:  # noqa: D102
-        planes = np.asarray(self.weights, dtype=float)
-        return np.array([1 / np.sqrt(np.median(w[w > 0])) if (w > 0).any() else 1.0 for w in planes])
+        return _level(self.weights)
 
     def whiten(self, residual):  # noqa: D102
         return jnp.sqrt(self.weights) * residual
 
+    def deviance_residual(self, residual):  # noqa: D102
+        return self.whiten(residual)
+
+    @property
+    def stiffness(self) -> float:  # noqa: D102
+        return 1.0
+
     def log_normalization(self) -> float:  # noqa: D102
-        weights = np.asarray(self.weights, dtype=float)
-        return float(0.5 * np.sum(np.log(weights[weights > 0] / (2 * np.pi))))
+        return _log_normalization(self.weights)
+
+    def log_spread(self):  # noqa: D102
+        return jnp.zeros(())
 
     def sample(self, key):  # noqa: D102
-        sigma = jnp.asarray(np.sqrt(np.where(self.valid, 1 / np.where(self.valid, self.weights, 1.0), 0.0)))
+        sigma = _sigma(self.weights)
         return sigma * jax.random.normal(key, sigma.shape, sigma.dtype)
 
     def scaled(self, unit):  # noqa: D102
-        return WhiteNoise(np.asarray(self.weights, dtype=float) * np.asarray(unit, dtype=float)[:, None, None] ** 2)
+        return WhiteNoise(_scaled_weights(self.weights, unit))
 
     def restricted(self, keep, window):  # noqa: D102
-        return WhiteNoise(np.where(keep, np.asarray(self.weights)[(slice(None), *window)], 0.0))
+        return WhiteNoise(_restricted_weights(self.weights, keep, window))
+
+
+class StudentTNoise(AbstractNoise):
+    """Independent noise with wide wings, `p(r) ~ [1 + w r^2 / (nu - 2)]^(-(nu + 1) / 2)`: robust against outliers.
+
+    A pixel's standard deviation is `1 / sqrt(w)`, wings included.
+
+    Parameters
+    ----------
+    weights : array, shape (channel, y, x)
+        Inverse variances; 0 means no information.
+    degrees_of_freedom : float
+        nu, above 2; the wings of 5 are wide, those of 30 nearly Gaussian.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative, NaN or infinite, or nu isn't above 2.
+    """
+
+    weights: np.ndarray | Array
+    degrees_of_freedom: float = eqx.field(static=True)
+    constraints: ClassVar = {}
+
+    def __init__(self, weights, degrees_of_freedom: float = 5.0):
+        if not 2 < degrees_of_freedom < np.inf:
+            raise ValueError(
+                f"StudentTNoise wants degrees_of_freedom above 2 (finite variance); got {degrees_of_freedom}."
+            )
+        self.weights, self.degrees_of_freedom = _as_weights(weights), float(degrees_of_freedom)
+
+    @property
+    def valid(self) -> np.ndarray:  # noqa: D102
+        return np.asarray(self.weights) > 0
+
+    def level(self) -> np.ndarray:  # noqa: D102
+        return _level(self.weights)
+
+    def whiten(self, residual):  # noqa: D102
+        return jnp.sqrt(self.weights) * residual
+
+    def deviance_residual(self, residual):  # noqa: D102
+        # The root of (nu + 1) log(1 + z^2 / (nu - 2)) is z times a smooth function of z^2.
+        nu, z = self.degrees_of_freedom, self.whiten(residual)
+        square = z**2 / (nu - 2)
+        small = square < 1e-3
+        safe = jnp.where(small, 1.0, square)
+        ratio = jnp.where(small, 1 - square / 2 + square**2 / 3, jnp.log1p(safe) / safe)
+        return z * jnp.sqrt((nu + 1) / (nu - 2) * ratio)
+
+    @property
+    def stiffness(self) -> float:  # noqa: D102
+        return float(np.sqrt((self.degrees_of_freedom + 1) / (self.degrees_of_freedom - 2)))
+
+    def log_normalization(self) -> float:  # noqa: D102
+        nu, gamma = self.degrees_of_freedom, scipy.special.gammaln
+        peak = gamma((nu + 1) / 2) - gamma(nu / 2) - 0.5 * np.log((nu - 2) / 2)
+        return _log_normalization(self.weights) + float(peak) * int(self.valid.sum())
+
+    def log_spread(self):  # noqa: D102
+        return jnp.zeros(())
+
+    def sample(self, key):  # noqa: D102
+        sigma, nu = _sigma(self.weights), self.degrees_of_freedom
+        return sigma * np.sqrt((nu - 2) / nu) * jax.random.t(key, nu, sigma.shape, sigma.dtype)
+
+    def scaled(self, unit):  # noqa: D102
+        return StudentTNoise(_scaled_weights(self.weights, unit), self.degrees_of_freedom)
+
+    def restricted(self, keep, window):  # noqa: D102
+        return StudentTNoise(_restricted_weights(self.weights, keep, window), self.degrees_of_freedom)
+
+
+class FloorNoise(AbstractNoise):
+    """Independent Gaussian noise of variance `1 / w + floor^2`, with a floor that can be fitted: errors that no weight knows.
+
+    Parameters
+    ----------
+    weights : array, shape (channel, y, x)
+        Inverse variances; 0 means no information.
+    floor : float or array, shape (channel,)
+        Additional standard deviation of every pixel, in data units; positive to be fitted.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative, NaN or infinite, or a floor isn't finite and positive.
+    """
+
+    weights: np.ndarray | Array
+    floor: np.ndarray | Array
+    constraints: ClassVar = {"floor": constraints.positive}
+
+    def __init__(self, weights, floor):
+        self.weights = _as_weights(weights)
+        self.floor = _as_positive(floor, len(self.weights), "FloorNoise wants a positive floor")
+
+    @property
+    def valid(self) -> np.ndarray:  # noqa: D102
+        return np.asarray(self.weights) > 0
+
+    def _total(self):
+        """Return the inverse of the whole variance."""
+        return self.weights / (1 + self.weights * self.floor[:, None, None] ** 2)
+
+    def level(self) -> np.ndarray:  # noqa: D102
+        return _level(np.asarray(self._total()))
+
+    def whiten(self, residual):  # noqa: D102
+        # A root of zero has no derivative along the floor.
+        has_weight = self.weights > 0
+        return jnp.where(has_weight, jnp.sqrt(jnp.where(has_weight, self._total(), 1.0)) * residual, 0.0)
+
+    def deviance_residual(self, residual):  # noqa: D102
+        return self.whiten(residual)
+
+    @property
+    def stiffness(self) -> float:  # noqa: D102
+        return 1.0
+
+    def log_normalization(self) -> float:  # noqa: D102
+        return _log_normalization(np.asarray(self._total(), dtype=float))
+
+    def log_spread(self):  # noqa: D102
+        return 0.5 * jnp.sum(jnp.log1p(jnp.asarray(self.weights) * jnp.asarray(self.floor)[:, None, None] ** 2))
+
+    def sample(self, key):  # noqa: D102
+        sigma = _sigma(np.asarray(self._total()))
+        return sigma * jax.random.normal(key, sigma.shape, sigma.dtype)
+
+    def scaled(self, unit):  # noqa: D102
+        return FloorNoise(_scaled_weights(self.weights, unit), np.asarray(self.floor, float) / np.asarray(unit, float))
+
+    def restricted(self, keep, window):  # noqa: D102
+        return FloorNoise(_restricted_weights(self.weights, keep, window), self.floor)
+
+
+class PoissonNoise(AbstractNoise):
+    """Counting statistics, `log L = sum_j [N_j log m_j - m_j - log N_j!]` (Cash 1979, ApJ 228, 939, doi:10.1086/156922).
+
+    The model must include all that was counted: give the sky as `background=`. Where the model has less than
+    `SMALLEST_COUNTS`, the likelihood goes on as its tangent; in pixels without a count it stays the same.
+
+    Parameters
+    ----------
+    counts : array, shape (channel, y, x)
+        Events per pixel: the data in counts; less than `SMALLEST_COUNTS` is none. NaN means no information.
+    gain : float or array, shape (channel,)
+        Counts per data unit.
+
+    Raises
+    ------
+    ValueError
+        If counts are negative or infinite, or the gain isn't positive.
+    """
+
+    counts: np.ndarray | Array
+    gain: np.ndarray | Array
+    constraints: ClassVar = {}
+
+    def __init__(self, counts, gain=1.0):
+        if not isinstance(counts, jax.Array):
+            counts = np.asarray(counts, dtype=float)
+            counts = counts[None] if counts.ndim == 2 else counts
+            bad = np.isinf(counts) | (counts < 0)
+            if counts.ndim != 3 or bad.any():
+                raise ValueError(
+                    "PoissonNoise wants finite counts >= 0 (NaN for pixels without information), shape (channel, y, x); "
+                    f"got shape {counts.shape}, {int(bad.sum())} negative or infinite value(s)."
+                )
+            counts = np.where(counts < SMALLEST_COUNTS, 0.0, counts)
+        self.counts = counts
+        self.gain = _as_positive(gain, len(counts), "PoissonNoise wants a positive gain (counts per data unit)")
+
+    @property
+    def valid(self) -> np.ndarray:  # noqa: D102
+        return np.isfinite(np.asarray(self.counts))
+
+    def level(self) -> np.ndarray:  # noqa: D102
+        planes = zip(np.asarray(self.counts, float), np.asarray(self.gain, float), strict=True)
+        typical = [np.sqrt(max(np.nanmedian(n), 1.0)) / g if np.isfinite(n).any() else 1.0 for n, g in planes]
+        return np.array(typical)
+
+    def whiten(self, residual):  # noqa: D102
+        valid = jnp.isfinite(self.counts)
+        sigma = jnp.sqrt(jnp.where(valid, jnp.maximum(self.counts, 1.0), 1.0)) / self.gain[:, None, None]
+        return jnp.where(valid, residual / sigma, 0.0)
+
+    def deviance_residual(self, residual):  # noqa: D102
+        valid = jnp.isfinite(self.counts)
+        counts = jnp.where(valid, self.counts, 1.0)
+        has_any = counts > 0
+        # Branches that aren't taken get numbers that keep their derivatives finite.
+        some = jnp.where(has_any, counts, 1.0)
+        lowest = SMALLEST_COUNTS * jnp.maximum(counts, 1.0)
+        excess, least = residual * self.gain[:, None, None], lowest - counts
+        is_below = excess < least
+        inside = jnp.where(is_below, least, excess)
+        # 2 [m - N - N log(m / N)] is (m - N)^2 / N times a smooth function of (m - N) / N.
+        ratio = inside / some
+        small = jnp.abs(ratio) < 3e-2
+        safe = jnp.where(small, 1.0, ratio)
+        series = 1 - ratio * (2 / 3 - ratio * (1 / 2 - ratio * (2 / 5 - ratio / 3)))
+        curve = jnp.where(small, series, 2 * (safe - jnp.log1p(safe)) / safe**2)
+        value = jnp.where(has_any, ratio * jnp.sqrt(some * curve), jnp.sqrt(2 * jnp.where(has_any, 1.0, inside)))
+        slope = counts / lowest - 1
+        is_beyond = is_below & (slope > 0)
+        beyond = -jnp.sqrt(jnp.where(is_beyond, value**2 + 2 * slope * (least - excess), 1.0))
+        return jnp.where(valid, jnp.where(is_beyond, beyond, value), 0.0)
+
+    @property
+    def stiffness(self) -> float:  # noqa: D102
+        return 1.0
+
+    def log_normalization(self) -> float:  # noqa: D102
+        counts = np.asarray(self.counts, dtype=float)
+        counts = counts[np.isfinite(counts)]
+        return float(np.sum(scipy.special.xlogy(counts, counts) - counts - scipy.special.gammaln(counts + 1)))
+
+    def log_spread(self):  # noqa: D102
+        return jnp.zeros(())
+
+    def sample(self, key):  # noqa: D102
+        counts = jnp.asarray(np.nan_to_num(self.counts), jnp.result_type(float))
+        drawn = jax.random.poisson(key, counts).astype(counts.dtype)
+        return jnp.where(jnp.isfinite(self.counts), (drawn - counts) / self.gain[:, None, None], 0.0)
+
+    def scaled(self, unit):  # noqa: D102
+        return PoissonNoise(self.counts, np.asarray(self.gain, float) * np.asarray(unit, float))
+
+    def restricted(self, keep, window):  # noqa: D102
+        counts = np.asarray(self.counts, dtype=float)[(slice(None), *window)]
+        return PoissonNoise(np.where(keep, counts, np.nan), self.gain)
+
+
+SMALLEST_COUNTS = 1e-3
+"""Smallest number of counts that a model may predict for a pixel, in units of what was counted if that is above one."""
+
+
+def _as_weights(weights):
+    """Return weights as they are if they are a JAX array, else checked, as an array of float64."""
+    if isinstance(weights, jax.Array):
+        return weights
+    weights = np.asarray(weights, dtype=float)
+    _check_weights(weights)
+    return weights
+
+
+def _as_positive(value, count, what):
+    """Return a value as it is if it is a JAX array, else checked, as one float64 for each of `count` channels."""
+    if isinstance(value, jax.Array):
+        return value
+    value = np.asarray(value, dtype=float)
+    if value.shape not in ((), (1,), (count,)) or not (np.isfinite(value) & (value > 0)).all():
+        raise ValueError(f"{what}, or one for each of {count} channels; got {value}.")
+    return np.broadcast_to(value, (count,)).copy()
+
+
+def _level(weights) -> np.ndarray:
+    """Return the median standard deviation of each channel; 1 without information."""
+    planes = np.asarray(weights, dtype=float)
+    return np.array([1 / np.sqrt(np.median(w[w > 0])) if (w > 0).any() else 1.0 for w in planes])
+
+
+def _sigma(weights) -> Array:
+    """Return the standard deviation of each pixel; 0 without information."""
+    valid = np.asarray(weights) > 0
+    return jnp.asarray(np.sqrt(np.where(valid, 1 / np.where(valid, weights, 1.0), 0.0)))
+
+
+def _log_normalization(weights) -> float:
+    """Return the log-density of independent Gaussian noise at zero."""
+    weights = np.asarray(weights, dtype=float)
+    return float(0.5 * np.sum(np.log(weights[weights > 0] / (2 * np.pi))))
+
+
+def _scaled_weights(weights, unit) -> np.ndarray:
+    """Return the weights of data divided by `unit`, shape (channel,)."""
+    return np.asarray(weights, dtype=float) * np.asarray(unit, dtype=float)[:, None, None] ** 2
+
+
+def _restricted_weights(weights, keep, window) -> np.ndarray:
+    """Return the weights of a window, 0 where `keep` is False."""
+    return np.where(keep, np.asarray(weights)[(slice(None), *window)], 0.0)
 
 
 def _check_weights(weights: np.ndarray):

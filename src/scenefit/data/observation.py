@@ -63,6 +63,9 @@ class Observation(eqx.Module):
         True where a pixel must not be used.
     background : float, array of shape (channel,) or Quantity, optional
         Flux per pixel, in data units, that the model adds to every pixel; 0 by default. Can be fitted.
+    background_slope : array, shape (2,) or (channel, 2), or Quantity, optional
+        Its change per pixel along (y, x), with `background` the value in the middle of the image: a tilted plane; 0 by
+        default. Can be fitted.
     astrometry : Astrometry, or its shift, optional
         Known offset of the image; can be fitted.
     noise : AbstractNoise, optional
@@ -95,6 +98,7 @@ class Observation(eqx.Module):
     noise: AbstractNoise
     psf: AbstractPSF
     background: np.ndarray
+    background_slope: np.ndarray
     astrometry: Astrometry
     nanojansky: np.ndarray
     renderer: Renderer | None
@@ -119,6 +123,7 @@ class Observation(eqx.Module):
         unit=None,
         mask=None,
         background=None,
+        background_slope=None,
         astrometry=None,
         noise: AbstractNoise | None = None,
     ):
@@ -147,6 +152,9 @@ class Observation(eqx.Module):
             self.noise = noise.scaled(1 / self.nanojansky)
             background = 0.0 if background is None else units.to_unit(background, data_unit, "background")
             self.background = _per_channel(background, len(data), "background") * self.nanojansky
+            slope = np.zeros(2) if background_slope is None else background_slope
+            slope = _as_slope(units.to_unit(slope, data_unit, "background_slope"), len(data))
+            self.background_slope = slope * self.nanojansky[:, None]
             given = () if astrometry is None else (astrometry,)
             self.astrometry = astrometry if isinstance(astrometry, Astrometry) else Astrometry(*given)
         self.renderer, self.frame = None, None
@@ -174,16 +182,37 @@ class Observation(eqx.Module):
         )
         return eqx.tree_at(lambda o: (o.renderer, o.frame), self, (renderer, frame), is_leaf=lambda leaf: leaf is None)
 
+    def match_like(self, other: Observation) -> Observation:
+        """Return the observation with the renderer and frame of another one that has its PSF, WCS, shape and channels."""
+        return eqx.tree_at(
+            lambda o: (o.renderer, o.frame), self, (other.renderer, other.frame), is_leaf=lambda leaf: leaf is None
+        )
+
     def with_shift(self, shift) -> Observation:
         """Return the observation with another astrometric shift (east, north), in arcsec or a Quantity."""
         return eqx.tree_at(lambda o: o.astrometry, self, Astrometry(shift))
 
-    def with_background(self, background) -> Observation:
-        """Return the observation with another background per channel, in the units of `data`."""
+    def with_background(self, background, slope=None) -> Observation:
+        """Return the observation with another background per channel, and another slope, in the units of `data`."""
         unit = u.nJy if self.flux_unit == "nJy" else u.dimensionless_unscaled
         with naming(self.name):
             background = _per_channel(units.to_unit(background, unit, "background"), len(self.data), "background")
-        return eqx.tree_at(lambda o: o.background, self, background)
+            given = self.background_slope if slope is None else units.to_unit(slope, unit, "background_slope")
+            slope = _as_slope(given, len(self.data))
+        return eqx.tree_at(lambda o: (o.background, o.background_slope), self, (background, slope))
+
+    def with_noise(self, noise: AbstractNoise) -> Observation:
+        """Return the observation with another noise, in the units of `data`; pixels without information stay so."""
+        with naming(self.name):
+            noise = _as_noise(noise, self.shape, u.dimensionless_unscaled)
+        noise = noise.restricted(self.noise.valid, (slice(None), slice(None)))
+        return eqx.tree_at(lambda o: o.noise, self, noise)
+
+    def background_image(self) -> np.ndarray:
+        """Return the background, shape (channel, y, x)."""
+        y, x = (np.arange(n) - (n - 1) / 2 for n in self.shape[1:])
+        slope_y, slope_x = self.background_slope.T[..., None, None]
+        return self.background[:, None, None] + slope_y * y[:, None] + slope_x * x
 
     def render(self, scene) -> np.ndarray:
         """Predict the data of a scene, background included.
@@ -217,7 +246,7 @@ class Observation(eqx.Module):
         window = np.asarray(_render_window(renderer, as_floats(model / scale), shift), dtype=float)
         image = np.zeros(self.data.shape)
         image[(slice(None), *renderer.window.slices)] = np.where(renderer.inside, window * scale, 0.0)
-        return image + self.background[:, None, None]
+        return image + self.background_image()
 
     def residual(self, scene) -> np.ndarray:
         """Return data minus `render(scene)`; 0 at pixels without information."""
@@ -231,7 +260,10 @@ class Observation(eqx.Module):
 
     def log_likelihood(self, scene) -> float:
         """Return the log-likelihood of a scene, normalised over the valid pixels (data in units of `data`)."""
-        return self.noise.log_normalization() - 0.5 * float(self.chi_square(scene).sum())
+        unit = self.noise.level()
+        residual = as_floats(-self.residual(scene) / unit[:, None, None])
+        deviance = np.asarray(self.noise.scaled(unit).deviance_residual(residual), dtype=float)
+        return self.noise.log_normalization() - 0.5 * float((deviance**2).sum())
 
 
 @compiled
@@ -337,6 +369,14 @@ def _per_channel(value, count, what) -> np.ndarray:
     if value.shape not in ((), (1,), (count,)) or not np.isfinite(value).all():
         raise ValueError(f"{what} wants one finite number or one per channel ({count}); got {value}.")
     return np.broadcast_to(value, (count,)).copy()
+
+
+def _as_slope(value, count) -> np.ndarray:
+    """Return a slope (y, x), or one per channel, as an array of one per channel."""
+    value = np.asarray(value, dtype=float)
+    if value.shape not in ((2,), (count, 2)) or not np.isfinite(value).all():
+        raise ValueError(f"background_slope wants finite (y, x), or (y, x) for each of {count} channels; got {value}.")
+    return np.broadcast_to(value, (count, 2)).copy()
 
 
 def _check_psf(psf, shape) -> AbstractPSF:

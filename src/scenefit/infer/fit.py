@@ -15,7 +15,8 @@ from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
-from scenefit.infer.problem import Problem, State
+from scenefit.infer.dense import free_coordinates
+from scenefit.infer.problem import LINEAR_LEAVES, Problem, State
 from scenefit.infer.quadratic import curvature_probes
 from scenefit.model.morphology import PixelMorphology
 from scenefit.model.packing import component_box
@@ -47,6 +48,7 @@ class Status(enum.Enum):
     MAX_STEPS = "reached max_steps before it converged"
     STALLED = "stalled: no step lowers the loss to the precision of the arithmetic"
     INTERRUPTED = "interrupted"
+    FAILED = "the model isn't finite at the start"
 
 
 class FitResult(eqx.Module):
@@ -87,6 +89,7 @@ class FitResult(eqx.Module):
 
 
 _step = compiled(solvers.gauss_newton_step)
+_dense_step = compiled(solvers.dense_step)
 
 
 def fit(
@@ -174,6 +177,8 @@ class _Run:
         built = posterior.build(self.scene, self.observations, self.parameters)
         self.problem, state, self.layout = built
         self.carry = solvers.start(self.problem, state)
+        self.coordinates = free_coordinates(self.problem)
+        self.linear_steps = LINEAR_STEPS if self.coordinates is None else 1
         self.probes = curvature_probes(self.problem)
 
     def finish(self, bar) -> Status:
@@ -182,7 +187,7 @@ class _Run:
             while len(self.rows) < self.max_steps:
                 self.step(bar)
                 row = self.rows[-1]
-                linear = len(self.rows) <= LINEAR_STEPS
+                linear = len(self.rows) <= self.linear_steps
                 if row["accepted"] and not linear:
                     if row["remaining"] < GROWTH_TOLERANCE * self.rtol and self.grow():
                         continue
@@ -197,11 +202,15 @@ class _Run:
     def step(self, bar):
         """Take one step and write down what it did."""
         number = len(self.rows)
-        problem = _linear_only(self.problem) if number < LINEAR_STEPS else self.problem
+        problem = _linear_only(self.problem) if number < self.linear_steps else self.problem
         iterations = min(MAX_ITERATIONS, FIRST_ITERATIONS * 2**number)
-        careful = number > LINEAR_STEPS and self.rows[-1]["remaining"] < CAREFUL_TOLERANCE * self.rtol
+        near = number > self.linear_steps and self.rows[-1]["remaining"] < CAREFUL_TOLERANCE * self.rtol
+        careful = self.coordinates is not None or near
         settled = as_floats(SETTLED[careful])
-        carry, report = _step(problem, self.carry, self.probes, as_integers(iterations), settled)
+        if self.coordinates is not None:
+            carry, report = _dense_step(problem, self.carry, self.coordinates)
+        else:
+            carry, report = _step(problem, self.carry, self.probes, as_integers(iterations), settled)
         report = jax.device_get(report)
         if number == 0 and not np.isfinite(report.loss):
             raise ValueError("The model isn't finite at the start: check the fluxes and shapes of the scene.")
@@ -213,7 +222,7 @@ class _Run:
             "seconds": time.perf_counter() - self.begin,
             "products": total + int(report.num_products),
             "projected_gradient": float(report.projected_gradient),
-            "remaining": _remaining(float(report.decrement), float(report.num_determined)),
+            "remaining": float(report.remaining),
             "accepted": bool(report.accepted),
             "careful": careful,
             "settled": bool(report.is_settled),
@@ -265,19 +274,29 @@ class _Run:
         return FitResult(scene, observations, self.parameters, status, loss, history, len(self.rows), timing)
 
 
-def _remaining(decrement: float, num_determined: float) -> float:
-    """Return the distance to the minimum in standard deviations; not known, infinite, if the step leads upwards."""
-    return float(np.sqrt(2 * decrement / max(num_determined, 1.0))) if decrement >= 0 else float("inf")
-
-
 def _linear_only(problem: Problem) -> Problem:
     """Return the problem with only fluxes and backgrounds free."""
+    linear = linear_coordinates(problem) & np.asarray(problem.free.vector)
+    images = tuple(as_booleans(np.zeros(free.shape)) for free in problem.free.images)
+    return eqx.tree_at(lambda p: p.free, problem, State(as_booleans(linear), images))
+
+
+def linear_coordinates(problem: Problem) -> np.ndarray:
+    """Return which coordinates the model is linear in, the others given."""
     linear = np.zeros(problem.free.vector.shape, bool)
     for leaf in problem.leaves:
-        if leaf.name in ("flux", "background"):
+        if leaf.name in LINEAR_LEAVES:
             linear[leaf.start : leaf.stop] = True
-    images = tuple(as_booleans(np.zeros(free.shape)) for free in problem.free.images)
-    return eqx.tree_at(lambda p: p.free, problem, State(as_booleans(np.asarray(problem.free.vector) & linear), images))
+    return linear
+
+
+def matched(obs: Observation, frame, known: dict) -> Observation:
+    """Return the observation matched to a frame, with the renderer that is known for its PSF, WCS and shape if there is one."""
+    key = id(frame), id(obs.psf), id(obs.wcs), obs.shape, obs.channels
+    if key not in known:
+        # The objects are kept, so that no other one gets their number.
+        known[key] = obs.match(frame)
+    return obs.match_like(known[key])
 
 
 class _View:

@@ -69,7 +69,7 @@ def vector_covariance(
     """
     derivative = _derivative_matrix(problem, state, layout, frame, observations, progress)
     information = (derivative.T @ derivative).tocsr()
-    curvature = np.asarray(_prior_terms(problem, state.vector)[2], dtype=float)
+    curvature = np.asarray(_prior_terms(problem, state)[2], dtype=float)
     information = information + scipy.sparse.diags(curvature)
     free = np.asarray(problem.free.vector) & (information.diagonal() > 0)
     index = np.nonzero(free)[0]
@@ -128,7 +128,7 @@ def _inverse_column(problem: Problem, state: State, number, probes):
     """
     _, forward = jax.linearize(problem.residuals, state)
     transpose = jax.linear_transpose(forward, state)
-    curvature = prior_terms(problem, state.vector)[2]
+    curvature = prior_terms(problem, state)[2]
     face = jax.tree.map(
         lambda x, free, low, high: free & (x > low) & (x < high), state, problem.free, problem.lowest, problem.highest
     )

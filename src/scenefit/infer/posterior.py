@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, com
 from scenefit.arrays.stamps import bucket_count
 from scenefit.data.observation import Observation
 from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
-from scenefit.model.morphology import PixelMorphology
+from scenefit.model.morphology import PixelMorphology, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
 from scenefit.model.parameters import Parameters, unit_disk
 from scenefit.model.scene import Scene
@@ -30,14 +30,19 @@ class Layout(eqx.Module):
         Where each component is packed.
     noise_level : list of arrays, shape (channel,)
         Data unit of each observation.
+    places : dict of (array, array)
+        For every parameter that the problem knows, by path: its elements and their units, both of the parameter's shape.
     """
 
     members: list[Member]
     noise_level: list[np.ndarray]
+    places: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def build(scene: Scene, observations: Sequence[Observation], parameters: Parameters) -> tuple[Problem, State, Layout]:
-    """Pack a scene, matched observations and parameters.
+def build(
+    scene: Scene, observations: Sequence[Observation], parameters: Parameters, *, whole_frame: bool = False
+) -> tuple[Problem, State, Layout]:
+    """Pack a scene, matched observations and parameters; its profiles on the whole frame if asked for.
 
     Raises
     ------
@@ -48,10 +53,10 @@ def build(scene: Scene, observations: Sequence[Observation], parameters: Paramet
     levels = [obs.noise.level() for obs in observations]
     unit = _flux_unit(frame, observations, levels)
     components = list(scene.components())
-    stacks, members = pack(frame, components, unit)
+    stacks, members = pack(frame, components, unit, whole_frame=whole_frame)
     images = [_as_image(obs, level, unit) for obs, level in zip(observations, levels, strict=True)]
-    layout = Layout(members, levels)
-    table = _element_table(stacks, observations, parameters, layout)
+    table = _element_table(stacks, members, observations, levels, parameters)
+    layout = Layout(members, levels, table.places)
     free_images, image_low, image_priors = _image_bounds(stacks, members, parameters)
     lowest, highest = table.coordinate_bounds()
     problem = Problem(
@@ -83,13 +88,68 @@ def unpack(
         fitted[member.path] = _unpack_component(stacks[member.stack], member, component)
     sources = {name: _replace_components(source, f"sources.{name}", fitted) for name, source in scene.sources.items()}
     moved = tuple(
-        obs.with_shift(np.asarray(image.shift, float)).with_background(np.asarray(image.background, float) * level)
+        _unpack_image(image, obs, level)
         for obs, image, level in zip(observations, images, layout.noise_level, strict=True)
     )
     return Scene(scene.frame, sources), moved
 
 
+def _unpack_image(image, obs, level) -> Observation:
+    """Return an observation with the values of its image."""
+    background, slope = (np.asarray(values, float) for values in (image.background, image.background_slope))
+    obs = obs.with_shift(np.asarray(image.shift, float)).with_background(background * level, slope * level[:, None])
+    names = list(obs.noise.constraints)
+    if not names:
+        return obs
+    values = [np.asarray(getattr(image.noise, name), float) * level for name in names]
+    return obs.with_noise(eqx.tree_at(lambda noise: [getattr(noise, name) for name in names], obs.noise, values))
+
+
 _fill = compiled(Problem.fill)
+
+
+def with_parameters(
+    scene: Scene, observations: Sequence[Observation], values: Mapping[str, np.ndarray]
+) -> tuple[Scene, tuple[Observation, ...]]:
+    """Return scene and observations with other values of the parameters at some paths (see `Parameters`).
+
+    Raises
+    ------
+    KeyError
+        If there is no parameter at a path.
+    """
+    known = Parameters.default(scene, observations).table
+    if unknown := sorted(set(values) - set(known)):
+        raise KeyError(f"There is no parameter {unknown}.")
+    changed = {path: _with_values(path, component, values) for path, component in scene.components()}
+    sources = {name: _replace_components(source, f"sources.{name}", changed) for name, source in scene.sources.items()}
+    moved = []
+    for obs in observations:
+        base = f"observations.{obs.name}."
+        new = {path.removeprefix(base): np.asarray(v, float) for path, v in values.items() if path.startswith(base)}
+        obs = obs.with_shift(new.get("astrometry.shift", obs.astrometry.shift))
+        obs = obs.with_background(new.get("background", obs.background), new.get("background_slope"))
+        for name in obs.noise.constraints:
+            if f"noise.{name}" in new:
+                noise = eqx.tree_at(lambda n, name=name: getattr(n, name), obs.noise, new[f"noise.{name}"])
+                obs = obs.with_noise(noise)
+        moved.append(obs)
+    return Scene(scene.frame, sources), tuple(moved)
+
+
+def _with_values(path, component, values) -> Source:
+    """Return a component with those of the values that are its own."""
+    own = {
+        key.removeprefix(f"{path}."): np.asarray(value, float) for key, value in values.items() if key.startswith(path)
+    }
+    morphology = component.morphology
+    shapes = {name: own[f"morphology.{name}"] for name in morphology.constraints if f"morphology.{name}" in own}
+    if isinstance(morphology, PixelMorphology) and shapes:
+        morphology = PixelMorphology(shapes["image"], morphology.anchor, morphology.envelope)
+    else:
+        morphology = with_parameter_values(morphology, shapes)
+    spectrum = eqx.tree_at(lambda s: s.flux, component.spectrum, own.get("spectrum.flux", component.spectrum.flux))
+    return Source(own.get("center", component.center), spectrum, morphology)
 
 
 def flux_coordinates(problem: Problem, layout: Layout) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -118,11 +178,9 @@ def _unpack_component(stack, member, component) -> Source:
         else:
             flux = np.zeros_like(flux)
     else:
-        names = list(morphology.constraints)
-        values = [np.asarray(getattr(stack.morphology, name)[row], dtype=float) for name in names]
-        morphology = (
-            eqx.tree_at(lambda m: [getattr(m, name) for name in names], morphology, values) if names else morphology
-        )
+        values = {name: getattr(stack.morphology, name)[row] for name in morphology.constraints}
+        values = {name: np.asarray(value, dtype=float) for name, value in values.items()}
+        morphology = with_parameter_values(morphology, values)
     spectrum = eqx.tree_at(lambda s: s.flux, component.spectrum, flux)
     return Source(np.asarray(stack.center[row], dtype=float), spectrum, morphology)
 
@@ -158,6 +216,9 @@ def _as_image(obs: Observation, level, unit) -> Image:
         noise=jax.tree.map(as_floats, noise),
         shift=as_floats(obs.astrometry.shift),
         background=as_floats(obs.background / level),
+        background_slope=as_floats(obs.background_slope / level[:, None]),
+        y=as_floats(np.arange(window[0].start, window[0].stop) - (obs.shape[1] - 1) / 2),
+        x=as_floats(np.arange(window[1].start, window[1].stop) - (obs.shape[2] - 1) / 2),
         gain=as_floats(unit[list(renderer.channels)] / level),
     )
 
@@ -170,7 +231,7 @@ class _ElementTable:
         self.priors: list[tuple[dist.Distribution, np.ndarray, np.ndarray]] = []
         self.start, self.low, self.high = np.zeros(0), np.zeros(0), np.zeros(0)
         self.bounded, self.free, self.index = np.zeros(0, bool), np.zeros(0, bool), np.zeros(0, int)
-        self.places: dict[str, np.ndarray] = {}
+        self.places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(
         self, kind, number, name, value, entries, parameters: Parameters, linear: bool, unit: float | np.ndarray = 1.0
@@ -187,7 +248,7 @@ class _ElementTable:
         disk = any(parameter.constraint is unit_disk for parameter, _ in specs)
         numbers = np.arange(first, first + value.size).reshape(shape)
         for parameter, where in specs:
-            self.places[parameter.path] = numbers[where]
+            self.places[parameter.path] = numbers[where], units[where]
             free[where] = parameter.free
             if not disk:
                 low[where], high[where] = (bound / units[where] for bound in _range(parameter))
@@ -218,16 +279,16 @@ class _ElementTable:
         for parameter in parameters:
             if parameter.tied_to is None or parameter.path not in self.places:
                 continue
-            own, other = self.places[parameter.path].ravel(), self.places[parameter.tied_to].ravel()
+            own, other = (self.places[path][0].ravel() for path in (parameter.path, parameter.tied_to))
             self.index[own] = other
             self.free[own] = False
 
 
-def _element_table(stacks, observations, parameters, layout) -> _ElementTable:
+def _element_table(stacks, members, observations, levels, parameters) -> _ElementTable:
     """Return the elements of all stacks and observations."""
     table = _ElementTable()
     rows: list[list[tuple[str, Member]]] = [[] for _ in stacks]
-    for member in layout.members:
+    for member in members:
         rows[member.stack].append((member.path, member))
     for number, stack in enumerate(stacks):
 
@@ -242,24 +303,22 @@ def _element_table(stacks, observations, parameters, layout) -> _ElementTable:
         table.add("stack", number, "flux", stack.flux, fluxes, parameters, linear=True, unit=units)
         for name in stack.morphology.constraints:
             if name != "image":
-                value = getattr(stack.morphology, name)
-                table.add(
-                    "stack",
-                    number,
-                    f"morphology.{name}",
-                    value,
-                    entries(f"morphology.{name}"),
-                    parameters,
-                    linear=False,
-                )
+                # What may well be at its bound keeps its own value, within bounds.
+                closed = stack.morphology.constraints[name] is constraints.nonnegative
+                path, value = f"morphology.{name}", getattr(stack.morphology, name)
+                table.add("stack", number, path, value, entries(path), parameters, linear=closed)
     for number, obs in enumerate(observations):
-        base, everything = f"observations.{obs.name}", np.s_[:]
-        shift, background = [(f"{base}.astrometry.shift", everything)], [(f"{base}.background", everything)]
-        level = layout.noise_level[number]
-        table.add("image", number, "shift", obs.astrometry.shift, shift, parameters, linear=True)
-        table.add(
-            "image", number, "background", obs.background / level, background, parameters, linear=True, unit=level
-        )
+        base, level = f"observations.{obs.name}", levels[number]
+
+        def add(name, path, value, *, linear=True, unit=1.0, number=number, base=base):
+            entries = [(f"{base}.{path}", np.s_[:])]
+            table.add("image", number, name, value / unit, entries, parameters, linear=linear, unit=unit)
+
+        add("shift", "astrometry.shift", obs.astrometry.shift)
+        add("background", "background", obs.background, unit=level)
+        add("background_slope", "background_slope", obs.background_slope, unit=level[:, None])
+        for name in obs.noise.constraints:
+            add(f"noise.{name}", f"noise.{name}", np.asarray(getattr(obs.noise, name), float), linear=False, unit=level)
     table.tie(parameters)
     return table
 

@@ -14,11 +14,17 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from scenefit.arrays import fourier
 from scenefit.data.noise import AbstractNoise
 from scenefit.data.renderer import Renderer
 from scenefit.model.morphology import PixelMorphology
-from scenefit.model.packing import Stack, evaluate_stacks
+from scenefit.model.packing import Stack, evaluate_stacks, transform_stacks
+
+LINEAR_LEAVES = ("flux", "background", "background_slope")
+"""Leaves that the model is linear in, the others given."""
+
+
+AMPLITUDES, AMPLITUDE_SCATTER = "morphology.amplitudes", 0.01
+"""Leaves that count up to a factor, and how far from 1 their sums may stray."""
 
 
 class State(eqx.Module):
@@ -37,14 +43,25 @@ class State(eqx.Module):
 
 
 class Image(eqx.Module):
-    """One observation as the solver sees it: data and model in units of the noise level of each channel."""
+    """One observation as the solver sees it: data and model in units of the noise level of each channel.
+
+    `y` and `x` are pixel coordinates relative to the middle of the observation.
+    """
 
     renderer: Renderer
     data: Float[Array, "channel y x"]
     noise: AbstractNoise
     shift: Float[Array, " 2"]
     background: Float[Array, " channel"]
+    background_slope: Float[Array, "channel 2"]
+    y: Float[Array, " h"]
+    x: Float[Array, " w"]
     gain: Float[Array, " channel"]
+
+    def sky(self) -> Float[Array, "channel h w"]:
+        """Return the background."""
+        slope_y, slope_x = self.background_slope.T[..., None, None]
+        return self.background[:, None, None] + slope_y * self.y[:, None] + slope_x * self.x
 
 
 class Leaf(eqx.Module):
@@ -185,33 +202,54 @@ class Problem(eqx.Module):
         Returns
         -------
         data : tuple of arrays, shape (channel, y, x)
-            Whitened residuals (model minus data), one array an observation.
-        pixels : tuple of arrays, shape (stack member, h, w)
-            Pixels minus the means of their priors, in standard deviations, one array a stack of images.
+            Deviance residuals (model minus data), one array an observation.
+        others : tuple of arrays
+            Pixels minus the means of their priors, in standard deviations, one array of shape (stack member, h, w) a stack of
+            images; and how far the sums of amplitudes, which count as fractions, are from 1.
         """
         stacks, images = self.fill(state)
-        spectrum = fourier.transform(evaluate_stacks(stacks, self.psf_sigma, self.canvas))
+        spectrum = transform_stacks(stacks, self.psf_sigma, self.canvas)
         data = tuple(
-            image.noise.whiten(
-                image.renderer(spectrum, image.shift) * image.gain[:, None, None]
-                + image.background[:, None, None]
-                - image.data
+            image.noise.deviance_residual(
+                image.renderer(spectrum, image.shift) * image.gain[:, None, None] + image.sky() - image.data
             )
             for image in images
         )
         pixels = [stack.morphology.image for stack in stacks if isinstance(stack.morphology, PixelMorphology)]
         priors = zip(pixels, self.image_priors, strict=True)
-        return data, tuple(jnp.sqrt(weight) * (image - mean) for image, (mean, weight) in priors)
+        others = tuple(jnp.sqrt(weight) * (image - mean) for image, (mean, weight) in priors)
+        return data, others + self._scales(state.vector)
+
+    def _scales(self, vector):
+        """Return how far the sums of amplitudes are from 1: the model doesn't depend on them."""
+        leaves = [leaf for leaf in self.leaves if leaf.name == AMPLITUDES]
+        if not leaves:
+            return ()
+        elements = self.elements(vector)
+        sums = [jnp.sum(elements[leaf.start : leaf.stop].reshape(leaf.shape), axis=-1) for leaf in leaves]
+        return tuple((total - 1) / AMPLITUDE_SCATTER for total in sums)
 
     def log_prior(self, vector: Float[Array, " n"]) -> Float[Array, ""]:
         """Return the log-density of the priors at the parameter values."""
         elements = self.elements(vector)
         return sum((priors.log_prob(elements) for priors in self.priors), jnp.zeros(()))
 
+    @property
+    def has_potential(self) -> bool:
+        """Whether the loss has parts that aren't squares."""
+        return bool(self.priors) or any(leaf.name.startswith("noise.") for leaf in self.leaves)
+
+    def potential(self, state: State) -> Float[Array, ""]:
+        """Return the part of the loss that isn't a square: minus the log-prior, and what the noise's parameters add."""
+        total = -self.log_prior(state.vector)
+        if any(leaf.name.startswith("noise.") for leaf in self.leaves):
+            total = total + sum(image.noise.log_spread() for image in self.fill(state)[1])
+        return total
+
     def loss(self, state: State) -> Float[Array, ""]:
-        """Return half the chi-square minus the log-prior."""
+        """Return minus the log-density of the data and the parameters, up to a constant."""
         squares = [jnp.vdot(residual, residual) for residual in jax.tree.leaves(self.residuals(state))]
-        return 0.5 * sum(squares) - self.log_prior(state.vector)
+        return 0.5 * sum(squares) + self.potential(state)
 
     def project(self, state: State) -> State:
         """Return the nearest state within bounds, its images scaled to unit sum."""

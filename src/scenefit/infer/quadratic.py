@@ -113,11 +113,12 @@ def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w
     stacks, _ = problem.fill(state)
     norm = jnp.zeros(problem.canvas[0], state.vector.dtype)
     for image in problem.images:
-        heaviest = jnp.max(image.noise.whiten(jnp.ones_like(image.data)) ** 2, axis=(1, 2))
+        steepest = image.noise.stiffness * image.noise.whiten(jnp.ones_like(image.data))
+        heaviest = jnp.max(steepest**2, axis=(1, 2))
         norm = norm.at[np.array(image.renderer.channels)].add(image.renderer.norm * image.gain**2 * heaviest)
     cover = jnp.zeros(problem.canvas, state.vector.dtype)
     for stack in stacks:
-        cover = add_stamps(cover, jnp.abs(stack.spectra), stack.mask.astype(cover.dtype), stack.origin)
+        cover = add_stamps(cover, jnp.abs(stack.spectra), stack.mask[:, None].astype(cover.dtype), stack.origin)
 
     def one(row):
         origin, spectrum, mask = row
@@ -130,13 +131,18 @@ def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w
     return tuple(value + weight for value, (_, weight) in zip(data, problem.image_priors, strict=True))
 
 
-def prior_terms(problem: Problem, vector: Float[Array, " n"]):
-    """Return the log-prior of the vector, and gradient and diagonal Hessian (where positive) of its negative."""
-    if not problem.priors:
+def prior_terms(problem: Problem, state: State):
+    """Return `Problem.potential`, its gradient along the vector and the diagonal of its Hessian (where positive)."""
+    vector = state.vector
+    if not problem.has_potential:
         return jnp.zeros((), vector.dtype), jnp.zeros_like(vector), jnp.zeros_like(vector)
-    value, slope = jax.value_and_grad(problem.log_prior)(vector)
-    bend = jax.jvp(jax.grad(problem.log_prior), (vector,), (jnp.ones_like(vector),))[1]
-    return value, -slope, jnp.maximum(-bend, 0.0)
+
+    def potential(at):
+        return problem.potential(State(at, state.images))
+
+    value, slope = jax.value_and_grad(potential)(vector)
+    bend = jax.jvp(jax.grad(potential), (vector,), (jnp.ones_like(vector),))[1]
+    return value, slope, jnp.maximum(bend, 0.0)
 
 
 def dot(a, b) -> Float[Array, ""]:

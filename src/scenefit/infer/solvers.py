@@ -10,6 +10,9 @@ if the loss has grown, the step is shortened instead of continued.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_floats, as_integers
+from scenefit.infer.dense import Coordinates, dense_descent
 from scenefit.infer.descent import Descent, QuadraticModel
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import combine, dot, image_curvature, prior_terms, select
@@ -97,6 +101,12 @@ class StepReport(eqx.Module):
     projected_gradient: Float[Array, ""]
     num_products: Int[Array, ""]
 
+    @property
+    def remaining(self) -> Float[Array, ""]:
+        """Distance to the minimum in standard deviations; infinite, since unknown, if the step leads upwards."""
+        squared = 2 * self.decrement / jnp.maximum(self.num_determined, 1.0)
+        return jnp.where(squared >= 0, jnp.sqrt(jnp.maximum(squared, 0.0)), jnp.inf)
+
 
 def start(problem: Problem, state: State) -> SolverState:
     """Return the solver state to begin with."""
@@ -122,6 +132,8 @@ def gauss_newton_step(
 ) -> tuple[SolverState, StepReport]:
     """Evaluate the trial state; go on from it by a Gauss-Newton step if it is better, else shorten the last step.
 
+    The step is found by conjugate gradients: for many coordinates, free-pixel images among them.
+
     Parameters
     ----------
     problem : Problem
@@ -137,11 +149,50 @@ def gauss_newton_step(
     -------
     SolverState, StepReport
     """
+
+    def descend(at: _Linearization, accepted, damping) -> Descent:
+        transpose = jax.linear_transpose(at.forward, at.state)
+
+        def product(direction: State, weight) -> State:
+            """Return J^T (J direction + weight residual) and the same of the priors on the vector."""
+            images = at.forward(direction)
+            (result,) = transpose(jax.tree.map(lambda i, r: i + weight * r, images, at.residual))
+            vector = at.prior_curvature * direction.vector + weight * at.prior_gradient
+            return State(result.vector + vector, result.images)
+
+        pixels = image_curvature(problem, at.state)
+        model = QuadraticModel(problem, at.state, product, damping, carry.curvature, probes, pixels)
+        return model.descend(accepted, max_iterations, settled)
+
+    return _step(problem, carry, descend)
+
+
+def dense_step(problem: Problem, carry: SolverState, coordinates: Coordinates) -> tuple[SolverState, StepReport]:
+    """Do as `gauss_newton_step`, with the Jacobian along all free coordinates (`dense.free_coordinates`): for few of them."""
+
+    def descend(at: _Linearization, accepted, damping) -> Descent:
+        return dense_descent(problem, at.state, at.residual, at.prior_gradient, damping, coordinates)
+
+    return _step(problem, carry, descend)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Linearization:
+    """Residuals and priors about a state, and their derivatives; exists while a step is traced."""
+
+    state: State
+    residual: tuple
+    forward: Callable
+    prior_gradient: Array
+    prior_curvature: Array
+
+
+def _step(problem: Problem, carry: SolverState, descend: Callable) -> tuple[SolverState, StepReport]:
+    """Evaluate the trial state and go on from it, or shorten the last step."""
     state = carry.trial
     residual, forward = jax.linearize(problem.residuals, state)
-    transpose = jax.linear_transpose(forward, state)
-    log_prior, prior_gradient, prior_curvature = prior_terms(problem, state.vector)
-    loss = 0.5 * dot(residual, residual) - log_prior
+    potential, prior_gradient, prior_curvature = prior_terms(problem, state)
+    loss = 0.5 * dot(residual, residual) + potential
     # A decrease below the rounding of the loss can't be seen in it: such a step is taken as the model has it.
     rounding = ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(carry.loss)
     is_tiny = jnp.isfinite(carry.loss) & (jnp.abs(carry.promise) < rounding)
@@ -150,15 +201,7 @@ def gauss_newton_step(
     factor = jnp.where(ratio > GOOD_RATIO, 0.3, jnp.where(ratio < POOR_RATIO, 10.0, 1.0))
     factor = jnp.where(is_tiny, 1.0, factor)
     damping = jnp.clip(carry.damping * jnp.where(accepted, factor, 1.0), MIN_DAMPING, MAX_DAMPING)
-
-    def product(direction: State, weight) -> State:
-        """Return J^T (J direction + weight residual) and the same of the priors on the vector."""
-        images = forward(direction)
-        (result,) = transpose(jax.tree.map(lambda i, r: i + weight * r, images, residual))
-        return State(result.vector + prior_curvature * direction.vector + weight * prior_gradient, result.images)
-
-    model = QuadraticModel(problem, state, product, damping, carry.curvature, probes, image_curvature(problem, state))
-    descent = model.descend(accepted, max_iterations, settled)
+    descent = descend(_Linearization(state, residual, forward, prior_gradient, prior_curvature), accepted, damping)
     full = problem.project(combine(state, 1.0, descent.step))
     rejections = jnp.where(accepted, 0, carry.rejections + 1)
     restart = rejections > MAX_REJECTIONS

@@ -14,15 +14,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Complex, Float, Int
 
+from scenefit.arrays import fourier
 from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers
 from scenefit.arrays.stamps import add_stamps, bucket_count, bucket_size
-from scenefit.model.morphology import PixelMorphology
+from scenefit.model.link import AbstractLink
+from scenefit.model.morphology import PixelMorphology, in_channels, links, with_arrays
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 
+MAX_ROOM = 2.5
+"""The stamps of profiles are at most by this ratio larger than need be."""
 SPARE_CANVASES = 3
 """Pixels, in units of the canvas, that stamps may be padded by to have fewer distinct sizes."""
 
@@ -33,7 +37,10 @@ class Stack(eqx.Module):
     Attributes
     ----------
     morphology : AbstractMorphology
-        Leaves stacked along a first axis of length n; for images, placed on the padded stamp.
+        Leaves stacked along a first axis of length n; for images, placed on the padded stamp. Links are there as arrays of
+        their values, shape (n, k, ...).
+    bases : dict of array, shape (n, channel, k)
+        For each parameter that is a link, what turns the values into the parameter in each channel.
     center : array, shape (n, 2)
     flux : array, shape (n, f)
         Entries of the spectra, in units of `flux_unit` of the packing; padded with zeros.
@@ -46,6 +53,7 @@ class Stack(eqx.Module):
     """
 
     morphology: eqx.Module
+    bases: dict[str, Float[Array, "n channel _"]]
     center: Float[Array, "n 2"]
     flux: Float[Array, "n f"]
     flux_index: Int[Array, "n channel"]
@@ -58,16 +66,30 @@ class Stack(eqx.Module):
         """Total flux per channel."""
         return jnp.take_along_axis(self.flux, self.flux_index, axis=1) * self.flux_gain
 
-    def stamps(self, psf_sigma: Float[Array, ""]) -> Float[Array, "n h w"]:
-        """Evaluate all morphologies on their padded stamps."""
+    def stamps(self, psf_sigma: Float[Array, ""]) -> Float[Array, "n plane h w"]:
+        """Evaluate all morphologies on their padded stamps: one plane, or one a channel if there are links."""
         height, width = self.mask.shape[1:]
+        names = list(self.bases)
 
-        def one(morphology, center, origin):
+        def linked(morphology):
+            return [getattr(morphology, name) for name in names]
+
+        def one(morphology, bases, center, origin):
             y = jnp.arange(height) + origin[0] - center[0]
             x = jnp.arange(width) + origin[1] - center[1]
-            return morphology.evaluate(y, x, psf_sigma)
+            if not names:
+                return morphology.evaluate(y, x, psf_sigma)[None]
+            values = [
+                jnp.tensordot(bases[name], value, axes=1) for name, value in zip(names, linked(morphology), strict=True)
+            ]
 
-        return jnp.where(self.mask, jax.vmap(one)(self.morphology, self.center, self.origin), 0.0)
+            def plane(parameters):
+                return eqx.tree_at(linked, morphology, parameters).evaluate(y, x, psf_sigma)
+
+            return jax.vmap(plane)(values)
+
+        stamps = jax.vmap(one)(self.morphology, self.bases, self.center, self.origin)
+        return jnp.where(self.mask[:, None], stamps, 0.0)
 
 
 def evaluate_stacks(stacks: Sequence[Stack], psf_sigma, shape: tuple[int, int, int]) -> Float[Array, "channel y x"]:
@@ -76,6 +98,23 @@ def evaluate_stacks(stacks: Sequence[Stack], psf_sigma, shape: tuple[int, int, i
     for stack in stacks:
         canvas = add_stamps(canvas, stack.spectra, stack.stamps(psf_sigma), stack.origin)
     return canvas
+
+
+def transform_stacks(stacks: Sequence[Stack], psf_sigma, shape: tuple[int, int, int]) -> Complex[Array, "channel k l"]:
+    """Return the Fourier transform of `evaluate_stacks`.
+
+    Where there are fewer components than channels, each is transformed once for all of them.
+    """
+    if any(stack.bases for stack in stacks) or sum(len(stack.origin) for stack in stacks) >= shape[0]:
+        return fourier.transform(evaluate_stacks(stacks, psf_sigma, shape))
+    spectrum = jnp.zeros((), jnp.result_type(complex))
+    for stack in stacks:
+        stamps = stack.stamps(psf_sigma)
+        for n in range(len(stamps)):
+            blank, one = jnp.zeros((1, *shape[1:]), stamps.dtype), jnp.ones((1, 1), stamps.dtype)
+            modes = fourier.transform(add_stamps(blank, one, stamps[n : n + 1], stack.origin[n : n + 1]))
+            spectrum = spectrum + stack.spectra[n][:, None, None] * modes
+    return spectrum if stacks else fourier.transform(jnp.zeros(shape, jnp.result_type(float)))
 
 
 class Member(eqx.Module):
@@ -103,15 +142,28 @@ class Member(eqx.Module):
     flux_unit: np.ndarray
 
 
-def component_box(component: Source, frame: Frame) -> Box:
-    """Return the stamp of a component on the model frame; empty if it lies outside."""
+def component_box(component: Source, frame: Frame, room: float = 1.0) -> Box:
+    """Return the stamp of a component on the model frame; empty if it lies outside.
+
+    That of a profile is by the factor `room` larger than need be, so that it holds the profile when that has grown.
+    """
     morphology = component.morphology
     if isinstance(morphology, PixelMorphology):
         corner = [int(np.rint(c)) - a for c, a in zip(np.asarray(component.center), morphology.anchor, strict=True)]
         height, width = morphology.image.shape
         return Box((height, width), (corner[0], corner[1]))
-    half = int(np.ceil(morphology.radius(model_psf_sigma(frame))))
+    shapes = in_channels(morphology, frame.channels)
+    radius = room * max(shape.radius(model_psf_sigma(frame)) for shape in shapes)
+    # Not more than reaches over the whole frame.
+    half = int(np.ceil(min(radius, 2 * max(frame.box.shape))))
     return Box.around(tuple(np.asarray(component.center, float)), half).intersection(frame.box)
+
+
+def _room(components, frame) -> float:
+    """Return by how much the stamps of profiles can be larger than need be without their pixels outweighing the canvas."""
+    analytic = [component for _, component in components if not isinstance(component.morphology, PixelMorphology)]
+    pixels = sum(np.prod(component_box(component, frame).shape) for component in analytic)
+    return float(np.clip(np.sqrt(np.prod(frame.fft_shape) / max(pixels, 1)), 1.0, MAX_ROOM))
 
 
 def model_psf_sigma(frame: Frame) -> float:
@@ -120,7 +172,11 @@ def model_psf_sigma(frame: Frame) -> float:
 
 
 def pack(
-    frame: Frame, components: Sequence[tuple[str, Source]], flux_unit: np.ndarray | None = None
+    frame: Frame,
+    components: Sequence[tuple[str, Source]],
+    flux_unit: np.ndarray | None = None,
+    *,
+    whole_frame: bool = False,
 ) -> tuple[list[Stack], list[Member]]:
     """Pack components into stacks.
 
@@ -130,6 +186,8 @@ def pack(
     components : sequence of (path, Source)
     flux_unit : array, shape (channel,), optional
         Unit of the flux in each channel of the model image; 1 by default.
+    whole_frame : bool
+        Whether the stamps of profiles cover the frame, whatever their size.
 
     Returns
     -------
@@ -145,8 +203,9 @@ def pack(
     unit = np.ones(len(frame.channels)) if flux_unit is None else np.asarray(flux_unit, dtype=float)
     canvas = frame.fft_shape
     placed = []
+    room = np.inf if whole_frame else _room(components, frame)
     for path, component in components:
-        box = component_box(component, frame)
+        box = component_box(component, frame, room)
         inner = box.intersection(frame.box)
         if inner.is_empty or (inner.shape != box.shape):
             raise ValueError(
@@ -172,7 +231,7 @@ def pack(
         flux_unit = flux_units(layout, unit, component.spectrum.flux.shape[0])
         members.append(Member(path, keys.index(key), len(rows[key]), box, offset, flux_unit))
         rows[key].append((component, members[-1], origin, layout))
-    return [_build_stack(rows[key], key[2], unit) for key in keys], members
+    return [_build_stack(rows[key], key[2], unit, frame.channels) for key in keys], members
 
 
 def merged_buckets(sides: Sequence[int], spare: int) -> list[int]:
@@ -196,8 +255,17 @@ def merged_buckets(sides: Sequence[int], spare: int) -> list[int]:
 def _stack_key(component, shape):
     """Return what components of one stack have in common."""
     morphology = component.morphology
-    static = "" if isinstance(morphology, PixelMorphology) else str(jax.tree.structure(morphology))
-    return type(morphology).__name__, static, shape, component.spectrum.flux.shape[0]
+    shapes = () if isinstance(morphology, PixelMorphology) else _leaf_shapes(morphology)
+    return type(morphology).__name__, shapes, shape, component.spectrum.flux.shape[0]
+
+
+def _leaf_shapes(morphology):
+    """Return the shapes of all arrays of a morphology, and which are the values of links."""
+    arrays = [(name, getattr(morphology, name)) for name in morphology.__dataclass_fields__]
+    return tuple(
+        (name, "link", np.shape(value.values)) if isinstance(value, AbstractLink) else (name, "", np.shape(value))
+        for name, value in arrays
+    )
 
 
 def flux_units(layout: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
@@ -209,7 +277,7 @@ def flux_units(layout: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
     return values
 
 
-def _build_stack(rows, shape, unit) -> Stack:
+def _build_stack(rows, shape, unit, channels) -> Stack:
     """Stack components (with their members, origins and spectrum layouts) on stamps of `shape`, padding their number."""
     count, num_channels = bucket_count(len(rows)), len(unit)
     num_flux = rows[0][0].spectrum.flux.shape[0]
@@ -225,6 +293,7 @@ def _build_stack(rows, shape, unit) -> Stack:
         mask[(n, *_window(member))] = True
     return Stack(
         morphology=_stacked_morphologies(rows, mask.shape),
+        bases=_stacked_bases(rows, count, channels),
         center=as_floats(center),
         flux=as_floats(flux),
         flux_index=as_integers(index),
@@ -249,6 +318,13 @@ def _stacked_morphologies(rows, shape):
             images[(n, *_window(member))] = component.morphology.image
         blank = PixelMorphology(np.ones((1, 1)), anchor=(0, 0))
         return eqx.tree_at(lambda m: m.image, blank, as_floats(images))
-    morphologies = [component.morphology for component, *_ in rows]
-    morphologies += [first] * (shape[0] - len(rows))
+    morphologies = [with_arrays(component.morphology) for component, *_ in rows]
+    morphologies += morphologies[:1] * (shape[0] - len(rows))
     return jax.tree.map(lambda *leaves: as_floats(np.stack([np.asarray(x, float) for x in leaves])), *morphologies)
+
+
+def _stacked_bases(rows, count, channels) -> dict[str, Array]:
+    """Return the bases of the linked parameters, those of the padding like the first."""
+    present = [links(component.morphology) for component, *_ in rows]
+    present += present[:1] * (count - len(rows))
+    return {name: as_floats(np.stack([each[name].basis(channels) for each in present])) for name in present[0]}

@@ -110,19 +110,17 @@ class Parameters(eqx.Module):
         """Build the natural choice: fluxes and shapes free; centers free except for free-pixel images; images fixed in place.
 
         The center of a `PixelMorphology` is fixed because its pixels can move the light themselves. Offsets and
-        backgrounds of the observations are fixed.
+        backgrounds of the observations are fixed, parameters of their noise are free.
         """
         table = {}
         for path, component in scene.components():
             for name, parameter in _component_parameters(path, component).items():
                 table[name] = parameter
         for obs in observations:
-            base = f"observations.{obs.name}"
-            shift, background = f"{base}.astrometry.shift", f"{base}.background"
-            if shift in table:
-                raise ValueError(f"Observation names must be distinct; {obs.name!r} repeats.")
-            table[shift] = Parameter(shift, (2,), False, constraints.real, unit="arcsec")
-            table[background] = Parameter(background, obs.background.shape, False, constraints.real, unit="flux/pixel")
+            for parameter in _observation_parameters(obs):
+                if parameter.path in table:
+                    raise ValueError(f"Observation names must be distinct; {obs.name!r} repeats.")
+                table[parameter.path] = parameter
         return cls(table, scene.frame.pixel_scale)
 
     def __getitem__(self, path: str) -> Parameter:
@@ -284,9 +282,25 @@ def _component_parameters(path, component) -> dict[str, Parameter]:
     for name, constraint in component.morphology.constraints.items():
         full = f"{path}.morphology.{name}"
         prior = _envelope_prior(component.morphology) if name == "image" else None
-        shape = np.shape(getattr(component.morphology, name))
+        value = getattr(component.morphology, name)
+        # A link's parameter is the array of its values.
+        shape = np.shape(getattr(value, "values", value))
         table[full] = Parameter(full, shape, True, constraint, prior, unit=_UNITS.get(name, ""))
     return table
+
+
+def _observation_parameters(obs) -> list[Parameter]:
+    """Return the parameters of an observation: what is nearly right stays as it is, what noise leaves open is free."""
+    base, real = f"observations.{obs.name}", constraints.real
+    fixed = [
+        Parameter(f"{base}.astrometry.shift", (2,), False, real, unit="arcsec"),
+        Parameter(f"{base}.background", obs.background.shape, False, real, unit="flux/pixel"),
+        Parameter(f"{base}.background_slope", obs.background_slope.shape, False, real, unit="flux/pixel"),
+    ]
+    return fixed + [
+        Parameter(f"{base}.noise.{name}", obs.background.shape, True, constraint, unit="flux/pixel")
+        for name, constraint in obs.noise.constraints.items()
+    ]
 
 
 def _envelope_prior(morphology) -> dist.Distribution | None:

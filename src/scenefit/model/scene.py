@@ -74,8 +74,9 @@ class Scene(eqx.Module):
 
         Returns
         -------
-        dict of (Box, array of shape (h, w))
-            The stamp on the frame, and the flux per pixel, convolved with the model PSF, of a component of unit flux.
+        dict of (Box, array of shape (plane, h, w))
+            The stamp on the frame, and the flux per pixel, convolved with the model PSF, of a component of unit flux: in one
+            plane for all channels, or in one for each.
         """
         stacks, members = pack(self.frame, list(self.components()))
         psf_sigma = as_floats(model_psf_sigma(self.frame))
@@ -83,7 +84,7 @@ class Scene(eqx.Module):
         result = {}
         for member in members:
             (y, x), (height, width) = member.offset, member.box.shape
-            result[member.path] = member.box, images[member.stack][member.row, y : y + height, x : x + width]
+            result[member.path] = member.box, images[member.stack][member.row, :, y : y + height, x : x + width]
         return result
 
     def with_sources(self, **sources: AbstractSource) -> Scene:

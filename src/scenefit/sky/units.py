@@ -117,3 +117,8 @@ def to_arcsec(angle, what: str = "An angle") -> np.ndarray:
 def to_pixels(length, what: str) -> np.ndarray:
     """Return a length or position in pixels (Quantity in pixels, or plain numbers) as plain numbers."""
     return to_unit(length, u.pix, what)
+
+
+def to_microns(length, what: str) -> np.ndarray:
+    """Return a wavelength in microns; plain numbers are taken as such."""
+    return to_unit(length, u.micron, what)

@@ -84,14 +84,16 @@ def measure_shapes(
     result = []
     for name, source in with_progress(scene.sources.items(), "shapes", progress):
         paths = [path for path, _ in source.components(f"sources.{name}")]
-        fluxes = [float(spectra[path] @ channel_weights) for path in paths]
+        fluxes = [spectra[path] * channel_weights for path in paths]
         box = stamps[paths[0]][0]
         for path in paths[1:]:
             box = box.union(stamps[path][0])
         image = np.zeros(box.shape)
         for path, flux in zip(paths, fluxes, strict=True):
             part, stamp = stamps[path]
-            image[part.shift((-box.origin[0], -box.origin[1])).slices] += flux * stamp
+            image[part.shift((-box.origin[0], -box.origin[1])).slices] += np.einsum(
+                "c,cyx->yx", flux, np.broadcast_to(stamp, (len(flux), *stamp.shape[1:]))
+            )
         first = next(iter(source.components("")))[1]
         is_analytic = isinstance(source, Source) and "image" not in source.morphology.constraints
         start = np.asarray(first.center, dtype=float) - box.origin

@@ -1,0 +1,237 @@
+"""Sampling: the posterior of a fit's free parameters, by four methods behind one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from astropy.table import QTable
+from jaxtyping import Array
+
+from scenefit.arrays.compilation import compiled
+from scenefit.data.observation import Observation
+from scenefit.infer import chains, diagnostics, guides, posterior
+from scenefit.infer.dense import MAX_COORDINATES, free_coordinates
+from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
+from scenefit.infer.fit import FitResult
+from scenefit.infer.target import Target, laplace_target
+from scenefit.model.link import AbstractLink
+from scenefit.model.scene import Scene
+
+METHODS = ("laplace", "svi", "nuts")
+JUDGED_DRAWS = 200
+"""Draws of an approximation whose posterior density is computed, for Pareto's k."""
+
+
+class Posterior(eqx.Module):
+    """Draws from the posterior of a fit's free parameters.
+
+    Attributes
+    ----------
+    draws : dict of array
+        By path, shape (chain, draw, *parameter): values in the units of the parameters.
+    log_density : array, shape (chain, draw)
+        Of the posterior, up to a constant; NaN where it wasn't computed.
+    method : str
+    status : PosteriorStatus
+    message : str
+        What the status rests on.
+    diagnostics : Diagnostics
+    result : FitResult
+        The fit that it belongs to.
+    timing : dict of float
+        Seconds by stage.
+    """
+
+    draws: dict[str, np.ndarray]
+    log_density: np.ndarray
+    method: str = eqx.field(static=True)
+    status: PosteriorStatus = eqx.field(static=True)
+    message: str = eqx.field(static=True)
+    diagnostics: Diagnostics
+    result: FitResult
+    timing: dict[str, float]
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        """Return the draws of a parameter, chains joined: shape (draw, *parameter)."""
+        if path not in self.draws:
+            raise KeyError(f"No draws of {path!r}; there are {', '.join(self.draws)}.")
+        values = self.draws[path]
+        return values.reshape(-1, *values.shape[2:])
+
+    def curve(self, path: str, wavelengths) -> np.ndarray:
+        """Return a linked parameter at wavelengths (microns or a Quantity), shape (draw, wavelength, ...)."""
+        link = self._link(path)
+        if not hasattr(link, "basis_at"):
+            raise ValueError(f"{path} is free in every band; there is no curve between them.")
+        return np.einsum("wk,dk...->dw...", link.basis_at(wavelengths), self[path])
+
+    def in_channels(self, path: str) -> np.ndarray:
+        """Return a linked parameter in every channel of the model frame, shape (draw, channel, ...)."""
+        return np.einsum("ck,dk...->dc...", self._link(path).basis(self.result.scene.frame.channels), self[path])
+
+    def _link(self, path: str) -> AbstractLink:
+        """Return the link at a path."""
+        base, _, name = path.rpartition(".morphology.")
+        component = dict(self.result.scene.components()).get(base)
+        value = getattr(component.morphology, name, None) if component is not None else None
+        if not isinstance(value, AbstractLink):
+            raise ValueError(f"{path!r} isn't a linked parameter of the scene.")
+        return value
+
+    def model(self, number: int) -> tuple[Scene, tuple[Observation, ...]]:
+        """Return scene and observations with the values of a draw."""
+        values = {path: self[path][number] for path in self.draws}
+        return posterior.with_parameters(self.result.scene, self.result.observations, values)
+
+    def summary(self) -> QTable:
+        """Return mean, standard deviation and quantiles of every number, a row each, with R-hat and effective sample size."""
+        rows = []
+        for path in self.draws:
+            values = self[path]
+            for place in np.ndindex(values.shape[1:]):
+                column = values[(slice(None), *place)]
+                low, middle, high = np.quantile(column, [0.16, 0.5, 0.84])
+                name = path + (f"[{','.join(str(i) for i in place)}]" if place else "")
+                chain = [
+                    float(table[path][place]) if table else np.nan
+                    for table in (self.diagnostics.r_hat, self.diagnostics.ess)
+                ]
+                rows.append((name, column.mean(), column.std(ddof=1), low, middle, high, *chain))
+        return QTable(rows=rows, names=("parameter", "mean", "std", "q16", "q50", "q84", "r_hat", "ess"))
+
+
+def sample(
+    result: FitResult,
+    method: str = "nuts",
+    *,
+    key: Array,
+    num_samples: int = 2000,
+    num_chains: int = 4,
+    num_warmup: int = 150,
+    guide: str = "normal",
+    num_steps: int = 400,
+    num_particles: int = 4,
+    progress: bool = True,
+) -> Posterior:
+    """Draw from the posterior of all free parameters of a fit, those of the observations included.
+
+    The density of the parameters is the likelihood times their priors; without a prior it is flat over the range of the
+    parameter's constraint. All methods start from the mode and the exact Hessian there.
+
+    Parameters
+    ----------
+    result : FitResult
+    method : "nuts", "laplace" or "svi"
+        No-U-Turn chains; the normal approximation at the mode; or the approximation that maximises the evidence lower bound.
+        The normal ones are normal in unconstrained coordinates.
+    key : jax.random key
+    num_samples : int
+        Draws in all.
+    num_chains, num_warmup : int
+        For "nuts": chains, and transitions of each before its first draw.
+    guide : "normal" or "flow"
+        For "svi": a multivariate normal, or that through inverse autoregressive flows.
+    num_steps, num_particles : int
+        For "svi": steps of the optimiser, and draws for each.
+    progress : bool
+        Whether to show a progress bar on standard error.
+
+    Returns
+    -------
+    Posterior
+        Its `status` says whether the draws can be trusted; look at it. If interrupted (Ctrl-C), with the draws so far.
+
+    Raises
+    ------
+    ValueError
+        If the fit has free images or too many free parameters, nothing determines a parameter, or an option is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}.")
+    if guide not in guides.GUIDES:
+        raise ValueError(f"guide is one of {', '.join(guides.GUIDES)}; got {guide!r}.")
+    counts = {
+        "num_samples": num_samples,
+        "num_chains": num_chains,
+        "num_steps": num_steps,
+        "num_particles": num_particles,
+    }
+    if wrong := {name: value for name, value in counts.items() if value < 1}:
+        raise ValueError(f"Numbers of draws, chains and steps are at least 1; got {wrong}.")
+    begin = time.perf_counter()
+    problem, state, layout = posterior.build(result.scene, result.observations, result.parameters)
+    coordinates = free_coordinates(problem)
+    if coordinates is None:
+        raise ValueError(
+            f"Sampling wants 1 to {MAX_COORDINATES} free numbers and no free image: fix some, such as "
+            "parameters.fix('sources.*.morphology.image'), and fit again."
+        )
+    target = laplace_target(problem, state, coordinates)
+    whitened = time.perf_counter()
+    if method == "nuts":
+        white, log_density, divergent, complete = chains.run_chains(
+            target, key, num_chains, num_warmup, -(-num_samples // num_chains), progress
+        )
+    else:
+        white, log_density, pareto, complete = _approximate(
+            target, method, key, num_samples, guide, num_steps, num_particles, progress
+        )
+    drawn = time.perf_counter()
+    draws = _parameter_draws(target, white, layout, result)
+    found = diagnostics.of_chains(draws, divergent) if method == "nuts" else pareto
+    status, message = found.judge()
+    return Posterior(
+        draws=draws,
+        log_density=log_density,
+        method=method,
+        status=status if complete else PosteriorStatus.INTERRUPTED,
+        message=message,
+        diagnostics=found,
+        result=result,
+        timing={"laplace": whitened - begin, "draws": drawn - whitened, "diagnostics": time.perf_counter() - drawn},
+    )
+
+
+def _approximate(target, method, key, count, guide, num_steps, num_particles, progress):
+    """Return draws (1, draw, m) of an approximation, log-densities of the posterior, diagnostics, and whether it was finished."""
+    first, second = jax.random.split(key)
+    complete = True
+    if method == "laplace":
+        white = jax.random.normal(first, (count, len(target.center)), target.center.dtype)
+        proposal = -0.5 * jnp.sum(white**2, axis=1)
+    else:
+        fitted, _, complete = guides.fit_guide(target, first, guide, num_steps, num_particles, progress)
+        white, proposal = guides.guide_draws(fitted, jax.random.split(second, count))
+    judged = min(count, JUDGED_DRAWS)
+    density = np.asarray(_log_densities(target, white[:judged]), dtype=float)
+    found = diagnostics.of_approximation(density, np.asarray(proposal[:judged], dtype=float))
+    log_density = np.full((1, count), np.nan)
+    log_density[0, :judged] = density
+    return np.asarray(white)[None], log_density, found, complete
+
+
+@compiled
+def _log_densities(target: Target, white):
+    return jax.lax.map(lambda z: -target.potential(z), white)
+
+
+@compiled
+def _elements(target: Target, white):
+    return jax.vmap(jax.vmap(target.elements))(white)
+
+
+def _parameter_draws(target, white, layout, result) -> dict[str, np.ndarray]:
+    """Return the draws of all free parameters, and those tied to them, by path."""
+    elements = np.asarray(_elements(target, jnp.asarray(white, target.center.dtype)), dtype=float)
+    parameters: Mapping = result.parameters.table
+    draws = {}
+    for path, (numbers, units) in layout.places.items():
+        parameter = parameters[path]
+        if (parameters[parameter.tied_to] if parameter.tied_to else parameter).free:
+            draws[path] = elements[..., numbers] * units
+    return draws
