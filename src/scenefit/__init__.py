@@ -3,46 +3,76 @@
 from scenefit.app import datasets, plot
 from scenefit.app.io import read_catalog, read_observations
 from scenefit.app.serialization import load, save
-from scenefit.data.noise import WhiteNoise
+from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
 from scenefit.data.observation import Astrometry, Observation
+from scenefit.infer.batch import fit_many
+from scenefit.infer.diagnostics import PosteriorStatus
 from scenefit.infer.fit import FitResult, Status, fit
-from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
+from scenefit.infer.sample import Posterior, sample
+from scenefit.model import link
+from scenefit.model.morphology import (
+    DeVaucouleursMorphology,
+    ExponentialMorphology,
+    GaussianMorphology,
+    MultiGaussianMorphology,
+    PixelMorphology,
+    PointMorphology,
+    SersicMorphology,
+)
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import ArraySpectrum, StaticSpectrum, TransientSpectrum
 from scenefit.sky.frame import Frame
+from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import GaussianPSF, ImagePSF
+from scenefit.survey import priors
 from scenefit.survey.catalog import catalog, offset_errors
 from scenefit.survey.initialize import initialize
+from scenefit.survey.profile import Profile, profile
 
 __all__ = [
     "ArraySpectrum",
     "Astrometry",
     "CompositeSource",
+    "DeVaucouleursMorphology",
+    "ExponentialMorphology",
     "FitResult",
+    "FloorNoise",
     "Frame",
+    "GaussianMixturePSF",
     "GaussianMorphology",
     "GaussianPSF",
     "ImagePSF",
+    "MultiGaussianMorphology",
     "Observation",
     "Parameters",
     "PixelMorphology",
     "PointMorphology",
+    "PoissonNoise",
+    "Posterior",
+    "PosteriorStatus",
+    "Profile",
     "Scene",
+    "SersicMorphology",
     "Source",
     "StaticSpectrum",
     "Status",
+    "StudentTNoise",
     "TransientSpectrum",
     "WhiteNoise",
     "catalog",
     "datasets",
     "fit",
+    "fit_many",
     "initialize",
+    "link",
     "load",
     "offset_errors",
     "plot",
+    "priors",
     "read_catalog",
     "read_observations",
+    "sample",
     "save",
 ]

@@ -18,13 +18,25 @@ from scenefit.app.serialization import atomic_path, load, save
 from scenefit.arrays.box import Box
 from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
 from scenefit.data.observation import Astrometry, Observation
+from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
 from scenefit.infer.fit import FitResult, Status, fit
-from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
+from scenefit.infer.sample import Posterior
+from scenefit.model import link
+from scenefit.model.morphology import (
+    DeVaucouleursMorphology,
+    ExponentialMorphology,
+    GaussianMorphology,
+    MultiGaussianMorphology,
+    PixelMorphology,
+    PointMorphology,
+    SersicMorphology,
+)
 from scenefit.model.parameters import Parameter, Parameters, unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import ArraySpectrum, StaticSpectrum, TransientSpectrum
 from scenefit.sky.frame import Frame
+from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import GaussianPSF, ImagePSF
 
 RNG = np.random.default_rng(3)
@@ -143,6 +155,23 @@ def make_result() -> FitResult:
     return FitResult(make_scene(), observations, make_parameters(), Status.CONVERGED, 1 / 3, history, 7, timing)
 
 
+WAVELENGTHS = {"g": 0.4747, "r": 0.62, "i": 0.77}
+
+
+def make_posterior() -> Posterior:
+    """Draws of a parameter of a fit."""
+    return Posterior(
+        draws={"sources.a.center": RNG.normal(size=(2, 5, 2))},
+        log_density=RNG.normal(size=(2, 5)),
+        method="nuts",
+        status=PosteriorStatus.NOT_MIXED,
+        message="too short",
+        diagnostics=Diagnostics({"sources.a.center": np.ones(2)}, {"sources.a.center": np.full(2, 9.0)}, 0.5, 0.0),
+        result=make_result(),
+        timing={"draws": 1 / 3},
+    )
+
+
 EXAMPLES = {
     "Box": Box((3, 4), (-1, 2)),
     "GaussianPSF": GaussianPSF([1.1, 1.3], integrate_pixel=True),
@@ -168,6 +197,21 @@ EXAMPLES = {
     "Parameter": Parameter("a.b", (2,), True, unit_disk, PRIORS[2], "c.d", "pixel"),
     "Parameters": make_parameters(),
     "FitResult": make_result(),
+    "GaussianMixturePSF": GaussianMixturePSF(
+        [[0.7, 0.3], [0.4, 0.6]],
+        RNG.uniform(1, 2, (2, 2, 1, 1)) * np.eye(2),
+        integrate_pixel=True,
+        residual=[1e-3, 1 / 3],
+    ),
+    "PerBand": link.PerBand({"g": 1 / 3, "r": 2.0}),
+    "Polynomial": link.Polynomial([1 / 3, 2.0], WAVELENGTHS),
+    "BSpline": link.BSpline([1 / 3, 2.0, 1.0], WAVELENGTHS, degree=1),
+    "SersicMorphology": SersicMorphology(link.Polynomial([1 / 3, 2.0], WAVELENGTHS), 1.5, [0.1, -1 / 3]),
+    "ExponentialMorphology": ExponentialMorphology(2 / 3, [0.1, -1 / 3]),
+    "DeVaucouleursMorphology": DeVaucouleursMorphology(2 / 3),
+    "MultiGaussianMorphology": MultiGaussianMorphology([1 / 3, 2.0], [0.2, 0.8], [0.1, -1 / 3]),
+    "Diagnostics": Diagnostics({"a": np.array(1.001)}, {"a": np.array(1e3)}, float("nan"), 0.0),
+    "Posterior": make_posterior(),
 }
 
 
@@ -198,7 +242,8 @@ def assert_identical(loaded, saved):
         assert a[1] == b[1]
         assert [np.asarray(leaf).tobytes() for leaf in a[0]] == [np.asarray(leaf).tobytes() for leaf in b[0]]
     else:
-        assert loaded == saved
+        # NaN is itself.
+        assert loaded == saved or (loaded != loaded and saved != saved)
 
 
 def assert_same_wcs(loaded, saved):

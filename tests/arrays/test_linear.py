@@ -115,9 +115,12 @@ def test_a_result_that_is_not_used_has_no_part_in_the_gradient(operands, close):
     assert not np.asarray(ours[0]).any()
 
 
-def test_transposed_in_one_argument_only(operands):
-    with pytest.raises(NotImplementedError, match="with respect to all its arguments together"):
-        jax.grad(lambda u: jnp.sum(mapped(*operands[:2], u, operands[3])[0]))(operands[2])
+def test_transposed_in_one_argument_only(operands, close):
+    ours, expected = (
+        jax.grad(lambda u, f=f: sum(jnp.sum(r**2) for r in f(*operands[:2], u, operands[3])))(operands[2])
+        for f in (mapped, plain)
+    )
+    close(ours, expected)
 
 
 # Which operand is batched, along which axis.
@@ -151,7 +154,12 @@ def test_vmap_is_a_loop(rng, close):
     for axes in BATCHES:
         operands = batched(rng, axes)
         rows = [
-            plain(*(x if axis is None else np.take(np.asarray(x), n, axis) for x, axis in zip(operands, axes, strict=True)))
+            plain(
+                *(
+                    x if axis is None else np.take(np.asarray(x), n, axis)
+                    for x, axis in zip(operands, axes, strict=True)
+                )
+            )
             for n in range(5)
         ]
         close(jitted(mapped, axes)(*operands), tuple(np.stack(each) for each in zip(*rows, strict=True)))
@@ -312,7 +320,6 @@ def test_transforms_of_the_same_shape_compile_once(rng):
 
 
 CANVAS = (3, 7, 8)
-PLANES = pytest.mark.parametrize("planes", [1, 3], ids=["one plane", "planes"])
 
 
 def plain_add(canvas, spectra, stamps, origins):
@@ -331,10 +338,9 @@ def stamp_operands(rng, planes, *leading):
     return canvas, spectra, stamps, jnp.array([[0, 0], [4, 3]])
 
 
-@PLANES
 @pytest.mark.parametrize("subset", [(1,), (2,), (0, 1, 2)])
-def test_stamps_with_one_plane_or_one_a_channel(rng, planes, subset, close):
-    operands = stamp_operands(rng, planes)
+def test_stamps_with_one_plane_a_channel(rng, subset, close):
+    operands = stamp_operands(rng, 3)
     some = tuple(operands[n] for n in subset)
     directions, cotangent = draw(rng, *(x.shape for x in some)), draw(rng, CANVAS)[0]
 
@@ -347,7 +353,7 @@ def test_stamps_with_one_plane_or_one_a_channel(rng, planes, subset, close):
     close(ours, expected)
 
 
-@pytest.mark.parametrize(("planes", "shared"), [(1, True), (1, False), (3, False)])
+@pytest.mark.parametrize(("planes", "shared"), [(1, True), (3, False)])
 def test_batches_of_canvases(rng, planes, shared, close):
     canvas, spectra, stamps, origins = stamp_operands(rng, planes, 3)
     origins = origins if shared else jnp.stack([origins, origins[::-1], origins // 2])
@@ -366,7 +372,7 @@ def test_batches_of_canvases(rng, planes, shared, close):
     close(ours, expected)
 
 
-@PLANES
+@pytest.mark.parametrize("planes", [1, 3], ids=["one plane", "planes"])
 def test_hessian_of_stamps_that_depend_on_parameters(rng, planes, eps):
     """Spectra and stamps are arguments and constants of the map at once."""
     canvas, spectra, stamps, origins = stamp_operands(rng, planes)

@@ -329,8 +329,8 @@ NAMES = ("y", "x", "sigmas", "weights", "ellipticity", "psf_sigma")
 POINT = (
     np.arange(-5, 6) + 0.3,
     np.arange(-6, 7) - 0.2,
-    np.array([0.5, 1.1, 2.0, 5.0]),
-    np.array([0.1, 0.2, 0.4, 0.3]),
+    np.array([0.5, 1.1, 3.0]),
+    np.array([0.2, 0.5, 0.3]),
     np.array([0.2, 0.3]),
     np.array(0.7),
 )

@@ -192,7 +192,7 @@ def test_short_rounds_do_not_pass_for_convergence(monkeypatch, most):
 
 
 def test_an_unknown_method():
-    with pytest.raises(ValueError, match="method is 'auto' or 'gauss-newton'; got 'yogi'"):
+    with pytest.raises(ValueError, match="method is one of auto, dense, iterative; got 'yogi'"):
         fit_blend(observe(), method="yogi")
 
 

@@ -14,6 +14,7 @@ from tests.blends import FINE_SCALE, FINE_SHAPE
 from tests.helpers import make_observation, tangent_wcs
 
 SHIFT, BACKGROUND = "observations.{}.astrometry.shift", "observations.{}.background"
+SLOPE = BACKGROUND + "_slope"
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,11 @@ def test_default_choice(parameters):
         BACKGROUND.format("HST"): (1,),
         SHIFT.format("HSC"): (2,),
         BACKGROUND.format("HSC"): (2,),
+        SLOPE.format("HST"): (1, 2),
+        SLOPE.format("HSC"): (2, 2),
     }
     fixed = {"sources.clumpy.center", "sources.free.center"}
-    fixed |= {path.format(name) for path in (SHIFT, BACKGROUND) for name in ("HST", "HSC")}
+    fixed |= {path.format(name) for path in (SHIFT, BACKGROUND, SLOPE) for name in ("HST", "HSC")}
     assert free_paths(parameters) == shapes.keys() - fixed
     assert parameters["sources.galaxy.spectrum.flux"].constraint is constraints.nonnegative
     assert parameters["sources.galaxy.morphology.ellipticity"].constraint is unit_disk
@@ -102,9 +105,9 @@ def test_pixels_are_drawn_to_their_envelope(parameters, scene):
         ("sources.galaxy", 4),
         ("sources.*.morphology", 6),
         ("sources.pair.parts.*.spectrum.flux", 2),
-        ("observations.HSC", 2),
+        ("observations.HSC", 3),
         ("observations.*.astrometry.shift", 2),
-        ("*", 20),
+        ("*", 22),
     ],
 )
 def test_patterns(parameters, pattern, count):

@@ -31,7 +31,7 @@ from numpyro.distributions.util import lazy_property
 
 from scenefit.arrays import box
 from scenefit.data import noise, observation
-from scenefit.infer import fit
+from scenefit.infer import diagnostics, fit, sample
 from scenefit.model import link, morphology, parameters, scene, source, spectrum
 from scenefit.sky import frame, mixture, psf
 
@@ -43,7 +43,23 @@ MATCHED = ("renderer", "frame")
 """Attributes of an observation that `match` makes anew."""
 INLINE_SIZE = 16
 """Arrays of up to this many numbers stand as text among the rest, larger ones as binary blocks."""
-_MODULES = (box, psf, mixture, frame, noise, observation, spectrum, link, morphology, source, scene, parameters, fit)
+_MODULES = (
+    box,
+    psf,
+    mixture,
+    frame,
+    noise,
+    observation,
+    spectrum,
+    link,
+    morphology,
+    source,
+    scene,
+    parameters,
+    fit,
+    diagnostics,
+    sample,
+)
 
 
 def _public_classes(base: type) -> dict[str, Any]:

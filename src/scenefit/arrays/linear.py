@@ -77,10 +77,11 @@ def _jvp(primals, tangents, *, forward, transpose, num_constants):
 def _transposed(cotangents, *operands, forward, transpose, num_constants):
     constants = operands[:num_constants]
     linear = operands[num_constants:]
-    if not all(ad.is_undefined_primal(x) for x in linear):
-        raise NotImplementedError("A linear map is transposed with respect to all its arguments together.")
     cotangents = [ad.instantiate_zeros(c) for c in cotangents]
-    return [None] * num_constants + list(_bind(transpose, forward, constants, cotangents))
+    results = _bind(transpose, forward, constants, cotangents)
+    # Arguments that are known here are the zeros that stand for no tangent.
+    found = [r if ad.is_undefined_primal(x) else None for r, x in zip(results, linear, strict=True)]
+    return [None] * num_constants + found
 
 
 def _batched(operands, axes, *, forward, transpose, num_constants):

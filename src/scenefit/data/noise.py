@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from jax import lax
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
@@ -21,9 +22,12 @@ class AbstractNoise(eqx.Module):
     ----------------
     constraints : dict
         numpyro constraint of every parameter of the noise itself, by field name; shape (channel,), in flux per pixel.
+    is_gaussian : bool
+        Whether all its residuals are the whitened one.
     """
 
     constraints: ClassVar[dict[str, constraints.Constraint]]
+    is_gaussian: ClassVar[bool]
 
     @property
     @abstractmethod
@@ -42,8 +46,20 @@ class AbstractNoise(eqx.Module):
     def deviance_residual(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
         """Return the signed root of the deviance of `model - data`: half its square is the loss of a pixel.
 
-        For Gaussian noise the whitened residual. With it any noise is a least-squares problem.
+        For Gaussian noise the whitened residual.
         """
+
+    @abstractmethod
+    def score_residual(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
+        """Return a residual of `model - data` for Gauss-Newton steps.
+
+        With its Jacobian J, J^T times it is the gradient of the loss of the pixels, and J^T J a bound of the Hessian.
+        (Iteratively reweighted least squares, Holland & Welsch 1977, Commun. Stat. A 6, 813, doi:10.1080/03610927708827533.)
+        """
+
+    @abstractmethod
+    def fisher_residual(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
+        """Return a residual of which J^T J is the Fisher information of the pixels about the model."""
 
     @property
     @abstractmethod
@@ -60,8 +76,11 @@ class AbstractNoise(eqx.Module):
         """
 
     @abstractmethod
-    def log_spread(self) -> Float[Array, ""]:
-        """Return the part of minus `log_normalization` that depends on the parameters of the noise; may be traced by JAX."""
+    def log_spread(self) -> Float[Array, "..."]:
+        """Return the part of minus `log_normalization` that depends on the parameters of the noise.
+
+        One number a pixel, or nothing but 0 if there are no parameters. May be traced by JAX.
+        """
 
     @abstractmethod
     def sample(self, key: Array) -> Float[Array, "channel y x"]:
@@ -103,6 +122,7 @@ class WhiteNoise(AbstractNoise):
 
     weights: np.ndarray | Array
     constraints: ClassVar = {}
+    is_gaussian: ClassVar = True
 
     def __init__(self, weights):
         self.weights = _as_weights(weights)
@@ -118,6 +138,12 @@ class WhiteNoise(AbstractNoise):
         return jnp.sqrt(self.weights) * residual
 
     def deviance_residual(self, residual):  # noqa: D102
+        return self.whiten(residual)
+
+    def score_residual(self, residual):  # noqa: D102
+        return self.whiten(residual)
+
+    def fisher_residual(self, residual):  # noqa: D102
         return self.whiten(residual)
 
     @property
@@ -162,6 +188,7 @@ class StudentTNoise(AbstractNoise):
     weights: np.ndarray | Array
     degrees_of_freedom: float = eqx.field(static=True)
     constraints: ClassVar = {}
+    is_gaussian: ClassVar = False
 
     def __init__(self, weights, degrees_of_freedom: float = 5.0):
         if not 2 < degrees_of_freedom < np.inf:
@@ -188,6 +215,14 @@ class StudentTNoise(AbstractNoise):
         safe = jnp.where(small, 1.0, square)
         ratio = jnp.where(small, 1 - square / 2 + square**2 / 3, jnp.log1p(safe) / safe)
         return z * jnp.sqrt((nu + 1) / (nu - 2) * ratio)
+
+    def score_residual(self, residual):  # noqa: D102
+        nu, z = self.degrees_of_freedom, self.whiten(residual)
+        return z * jnp.sqrt((nu + 1) / (nu - 2 + lax.stop_gradient(z) ** 2))
+
+    def fisher_residual(self, residual):  # noqa: D102
+        nu = self.degrees_of_freedom
+        return self.whiten(residual) * np.sqrt((nu + 1) / (nu + 3) * nu / (nu - 2))
 
     @property
     def stiffness(self) -> float:  # noqa: D102
@@ -231,6 +266,7 @@ class FloorNoise(AbstractNoise):
     weights: np.ndarray | Array
     floor: np.ndarray | Array
     constraints: ClassVar = {"floor": constraints.positive}
+    is_gaussian: ClassVar = True
 
     def __init__(self, weights, floor):
         self.weights = _as_weights(weights)
@@ -255,6 +291,12 @@ class FloorNoise(AbstractNoise):
     def deviance_residual(self, residual):  # noqa: D102
         return self.whiten(residual)
 
+    def score_residual(self, residual):  # noqa: D102
+        return self.whiten(residual)
+
+    def fisher_residual(self, residual):  # noqa: D102
+        return self.whiten(residual)
+
     @property
     def stiffness(self) -> float:  # noqa: D102
         return 1.0
@@ -263,7 +305,7 @@ class FloorNoise(AbstractNoise):
         return _log_normalization(np.asarray(self._total(), dtype=float))
 
     def log_spread(self):  # noqa: D102
-        return 0.5 * jnp.sum(jnp.log1p(jnp.asarray(self.weights) * jnp.asarray(self.floor)[:, None, None] ** 2))
+        return 0.5 * jnp.log1p(jnp.asarray(self.weights) * jnp.asarray(self.floor)[:, None, None] ** 2)
 
     def sample(self, key):  # noqa: D102
         sigma = _sigma(np.asarray(self._total()))
@@ -298,8 +340,9 @@ class PoissonNoise(AbstractNoise):
     counts: np.ndarray | Array
     gain: np.ndarray | Array
     constraints: ClassVar = {}
+    is_gaussian: ClassVar = False
 
-    def __init__(self, counts, gain=1.0):
+    def __init__(self, counts, gain: Any = 1.0):
         if not isinstance(counts, jax.Array):
             counts = np.asarray(counts, dtype=float)
             counts = counts[None] if counts.ndim == 2 else counts
@@ -328,13 +371,11 @@ class PoissonNoise(AbstractNoise):
         return jnp.where(valid, residual / sigma, 0.0)
 
     def deviance_residual(self, residual):  # noqa: D102
-        valid = jnp.isfinite(self.counts)
-        counts = jnp.where(valid, self.counts, 1.0)
+        valid, counts, lowest, excess = self._in_counts(residual)
         has_any = counts > 0
         # Branches that aren't taken get numbers that keep their derivatives finite.
         some = jnp.where(has_any, counts, 1.0)
-        lowest = SMALLEST_COUNTS * jnp.maximum(counts, 1.0)
-        excess, least = residual * self.gain[:, None, None], lowest - counts
+        least = lowest - counts
         is_below = excess < least
         inside = jnp.where(is_below, least, excess)
         # 2 [m - N - N log(m / N)] is (m - N)^2 / N times a smooth function of (m - N) / N.
@@ -348,6 +389,26 @@ class PoissonNoise(AbstractNoise):
         is_beyond = is_below & (slope > 0)
         beyond = -jnp.sqrt(jnp.where(is_beyond, value**2 + 2 * slope * (least - excess), 1.0))
         return jnp.where(valid, jnp.where(is_beyond, beyond, value), 0.0)
+
+    def score_residual(self, residual):  # noqa: D102
+        valid, counts, lowest, excess = self._in_counts(residual)
+        fixed = lax.stop_gradient(excess)
+        # The slope of the loss over the excess: 1 - N / m, or that where the tangent begins.
+        slope = jnp.where(counts > 0, jnp.maximum(counts / lowest - 1, 0.0), 0.0)
+        beyond = slope / jnp.maximum(-fixed, lowest)
+        square = jnp.where(fixed < lowest - counts, beyond, 1 / jnp.maximum(counts + fixed, lowest))
+        return jnp.where(valid, excess * jnp.sqrt(square), 0.0)
+
+    def fisher_residual(self, residual):  # noqa: D102
+        valid, counts, lowest, excess = self._in_counts(residual)
+        model = jnp.maximum(counts + lax.stop_gradient(excess), lowest)
+        return jnp.where(valid, excess / jnp.sqrt(model), 0.0)
+
+    def _in_counts(self, residual):
+        """Return which pixels are valid, their counts, the least that a model may predict, and the model's excess."""
+        valid = jnp.isfinite(self.counts)
+        counts = jnp.where(valid, self.counts, 1.0)
+        return valid, counts, SMALLEST_COUNTS * jnp.maximum(counts, 1.0), residual * self.gain[:, None, None]
 
     @property
     def stiffness(self) -> float:  # noqa: D102

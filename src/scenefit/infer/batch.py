@@ -31,9 +31,9 @@ class _Lane(eqx.Module):
     """One scene of a batch on its way."""
 
     carry: SolverState
-    num_steps: Int[Array, ""]
-    remaining: Float[Array, ""]
-    is_done: Bool[Array, ""]
+    num_steps: Int[Array | np.ndarray, ""]
+    remaining: Float[Array | np.ndarray, ""]
+    is_done: Bool[Array | np.ndarray, ""]
 
 
 def fit_many(
@@ -156,7 +156,7 @@ def _run_group(members: list[_Member], rtol: float, max_steps: int, batch_size: 
         for n in range(len(chosen), size):
             lanes[n] = eqx.tree_at(lambda lane: lane.is_done, lanes[n], np.asarray(True))
         problems, batch = _stacked([member.problem for member in rows]), _stacked(lanes)
-        limits = np.float32(rtol), np.int32(steps), np.int32(max_steps)
+        limits = np.asarray(rtol, np.float32), np.asarray(steps, np.int32), np.asarray(max_steps, np.int32)
         batch = jax.device_get(_advance(problems, batch, members[0].coordinates, linear, limits, on_cpu))
         for n, member in enumerate(chosen):
             member.lane = jax.tree.map(lambda leaf, n=n: leaf[n], batch)
@@ -169,7 +169,7 @@ def _run_group(members: list[_Member], rtol: float, max_steps: int, batch_size: 
 def _start(member: _Member) -> _Lane:
     """Return the lane of a member before its first step."""
     carry = jax.tree.map(np.asarray, solvers.start(member.problem, member.state))
-    return _Lane(carry, np.int32(0), np.asarray(np.inf, carry.loss.dtype), np.asarray(False))
+    return _Lane(carry, np.asarray(0, np.int32), np.asarray(np.inf, carry.loss.dtype), np.asarray(False))
 
 
 def _goes_on(lane: _Lane, max_steps):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scenefit.arrays.compilation import as_integers
 from scenefit.infer.descent import Descent
 from scenefit.infer.problem import Leaf, Problem, State
+from scenefit.infer.quadratic import spread_curvature
 
 MAX_COORDINATES = 96
 """Free coordinates up to which the Jacobian is computed as a whole."""
@@ -66,6 +67,7 @@ def _shapes_images(leaf: Leaf) -> bool:
 def jacobian(problem: Problem, state: State, coordinates: Coordinates) -> Float[Array, "m pixel"]:
     """Return the derivatives of all residuals along the coordinates."""
     stacks, images = problem.fill(state)
+    size = sum(part.size for part in jax.tree.leaves(jax.eval_shape(problem.residuals, state)))
     rows = []
     for group, index in ((True, coordinates.shapes), (False, coordinates.others)):
         if len(index) == 0:
@@ -80,18 +82,20 @@ def jacobian(problem: Problem, state: State, coordinates: Coordinates) -> Float[
             images = tuple(jnp.zeros_like(image) for image in state.images)
             return jnp.concatenate([plane.ravel() for plane in jax.tree.leaves(forward(State(direction, images)))])
 
-        rows.append(jax.vmap(along)(index))
+        part_rows = jax.vmap(along)(index)
+        # Where no leaf is an amplitude, the residuals of amplitudes are missing; they come last.
+        rows.append(jnp.pad(part_rows, ((0, 0), (0, size - part_rows.shape[1]))))
     return jnp.concatenate(rows)
 
 
 def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -> Float[Array, "m m"]:
-    """Return the Hessian of `Problem.potential` for the coordinates `index`, without its directions of negative curvature."""
-    if not problem.has_potential:
-        return jnp.zeros((len(index), len(index)), state.vector.dtype)
-    full = jax.jacfwd(jax.grad(lambda vector: problem.potential(State(vector, state.images))))(state.vector)
-    part = full[index][:, index]
+    """Return the Hessian of `Problem.potential` for the coordinates `index`, as far as it is positive."""
+    own = jnp.diag(spread_curvature(problem, state)[index])
+    if not problem.priors:
+        return own
+    part = -jax.jacfwd(jax.grad(problem.log_prior))(state.vector)[index][:, index]
     values, vectors = jnp.linalg.eigh(0.5 * (part + part.T))
-    return (vectors * jnp.maximum(values, 0.0)) @ vectors.T
+    return own + (vectors * jnp.maximum(values, 0.0)) @ vectors.T
 
 
 def hessian(problem: Problem, state: State, coordinates: Coordinates):

@@ -83,7 +83,8 @@ def of_approximation(log_density: np.ndarray, log_proposal: np.ndarray) -> Diagn
     """Return the diagnostics of independent draws, whose log-densities under posterior and approximation are given."""
     ratio = np.asarray(log_density - log_proposal, dtype=float).ravel()
     finite = np.where(np.isfinite(ratio), ratio, np.nanmin(np.where(np.isfinite(ratio), ratio, np.nan)) - 50)
-    _, pareto_k = array_stats.psislw(finite)
+    # It takes the logarithms of the inverse ratios.
+    _, pareto_k = array_stats.psislw(-finite)
     return Diagnostics({}, {}, float(pareto_k), float("nan"))
 
 

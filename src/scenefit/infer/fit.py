@@ -15,7 +15,7 @@ from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
-from scenefit.infer.dense import free_coordinates
+from scenefit.infer.dense import MAX_COORDINATES, free_coordinates
 from scenefit.infer.problem import LINEAR_LEAVES, Problem, State
 from scenefit.infer.quadratic import curvature_probes
 from scenefit.model.morphology import PixelMorphology
@@ -39,6 +39,7 @@ GROWTH_TOLERANCE = CAREFUL_TOLERANCE = 4.0
 SETTLED, UNSETTLED = (0.8, 0.2), 0.1
 """How far conjugate gradients go: quickly at first, then carefully, since their end says how far the minimum is. Where
 they ended by their number instead, that is less certain: the tolerance is by this factor smaller."""
+METHODS = ("auto", "dense", "iterative")
 
 
 class Status(enum.Enum):
@@ -63,7 +64,8 @@ class FitResult(eqx.Module):
         What was free.
     status : Status
     loss : float
-        Half the chi-square minus the log-prior.
+        Minus the log-density of data and parameters, up to a constant: half the chi-square minus the log-prior, if the noise
+        is Gaussian and has no parameters.
     history : dict of array
         One entry a step: "step", "loss", "seconds", "products" (pairs of a forward and an adjoint rendering so far),
         "projected_gradient", "remaining" (distance to the minimum of the quadratic model in standard deviations: root mean
@@ -116,8 +118,9 @@ def fit(
         Matched to the scene's frame here.
     parameters : Parameters, optional
         What is free; `Parameters.default(scene, observations)` if not given.
-    method : "auto" or "gauss-newton"
-        The projected Gauss-Newton solver, see `scenefit.infer.solvers`.
+    method : "auto", "dense" or "iterative"
+        How Gauss-Newton steps are computed (see `scenefit.infer.solvers`): from the whole Jacobian, for few parameters; or by
+        conjugate gradients, for many. By default the former where it is possible.
     rtol : float
         Converged when, by a quadratic model solved with care, the minimum is nearer than this fraction of the standard
         deviations of the free parameters (root mean square over those that the data determine).
@@ -142,15 +145,15 @@ def fit(
     RuntimeError
         If `throw` and the fit didn't converge.
     """
-    if method not in ("auto", "gauss-newton"):
-        raise ValueError(f"method is 'auto' or 'gauss-newton'; got {method!r}.")
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}.")
     observations = [observations] if isinstance(observations, Observation) else list(observations)
     begin = time.perf_counter()
     observations = [obs.match(scene.frame) for obs in observations]
     matched = time.perf_counter()
     parameters = Parameters.default(scene, observations) if parameters is None else parameters
     parameters.check_anchored()
-    run = _Run(scene, observations, parameters, rtol, max_steps, callback)
+    run = _Run(scene, observations, parameters, method, rtol, max_steps, callback)
     with tqdm(total=max_steps, desc="fit", disable=not progress, leave=True, unit="step") as bar:
         status = run.finish(bar)
     result = run.result(status)
@@ -164,7 +167,8 @@ def fit(
 class _Run:
     """A fit on its way: the present packing and solver state, and the history."""
 
-    def __init__(self, scene, observations, parameters, rtol, max_steps, callback):
+    def __init__(self, scene, observations, parameters, method, rtol, max_steps, callback):
+        self.method = method
         self.scene, self.observations, self.parameters = scene, observations, parameters
         self.rtol, self.max_steps, self.callback = rtol, max_steps, callback
         self.rows: list[dict] = []
@@ -177,7 +181,11 @@ class _Run:
         built = posterior.build(self.scene, self.observations, self.parameters)
         self.problem, state, self.layout = built
         self.carry = solvers.start(self.problem, state)
-        self.coordinates = free_coordinates(self.problem)
+        self.coordinates = None if self.method == "iterative" else free_coordinates(self.problem)
+        if self.method == "dense" and self.coordinates is None:
+            raise ValueError(
+                f"method='dense' wants 1 to {MAX_COORDINATES} free numbers and no free image; use 'auto', or fix some."
+            )
         self.linear_steps = LINEAR_STEPS if self.coordinates is None else 1
         self.probes = curvature_probes(self.problem)
 

@@ -126,7 +126,7 @@ def _inverse_column(problem: Problem, state: State, number, probes):
     The diagonal element that is asked for grows with every iteration towards its value (Strakos & Tichy 2002, ETNA 13,
     56, eq. 3.5): when it has all but stopped growing, the column is done.
     """
-    _, forward = jax.linearize(problem.residuals, state)
+    _, forward = jax.linearize(lambda at: problem.residuals(at, "fisher"), state)
     transpose = jax.linear_transpose(forward, state)
     curvature = prior_terms(problem, state)[2]
     face = jax.tree.map(
@@ -191,9 +191,9 @@ _prior_terms = compiled(prior_terms)
 
 @compiled
 def _derivative(problem: Problem, state: State, direction):
-    """Return the derivative of the whitened residuals along a direction of the vector."""
+    """Return the derivative of the residuals, whose squares are the information, along a direction of the vector."""
     tangent = State(direction, tuple(jnp.zeros_like(image) for image in state.images))
-    return jax.jvp(lambda at: problem.residuals(at)[0], (state,), (tangent,))[1]
+    return jax.jvp(lambda at: problem.residuals(at, "fisher")[0], (state,), (tangent,))[1]
 
 
 def _derivative_matrix(problem, state, layout, frame, observations, progress) -> scipy.sparse.csc_matrix:

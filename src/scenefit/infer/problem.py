@@ -196,13 +196,21 @@ class Problem(eqx.Module):
         """Return the model image on the padded canvas."""
         return evaluate_stacks(self.fill(state)[0], self.psf_sigma, self.canvas)
 
-    def residuals(self, state: State) -> tuple[tuple[Float[Array, "_ _ _"], ...], tuple[Float[Array, "_ _ _"], ...]]:
-        """Return all that the loss has as a square: the data's residuals and the pixels' deviations from their priors.
+    def residuals(
+        self, state: State, kind: str = "score"
+    ) -> tuple[tuple[Float[Array, "_ _ _"], ...], tuple[Float[Array, "..."], ...]]:
+        """Return all that the loss has as a square, or as if it were one.
+
+        Parameters
+        ----------
+        state : State
+        kind : "score", "deviance" or "fisher"
+            Which residuals of the data: see the methods of `AbstractNoise`. They are the same for Gaussian noise.
 
         Returns
         -------
         data : tuple of arrays, shape (channel, y, x)
-            Deviance residuals (model minus data), one array an observation.
+            Residuals (model minus data), one array an observation.
         others : tuple of arrays
             Pixels minus the means of their priors, in standard deviations, one array of shape (stack member, h, w) a stack of
             images; and how far the sums of amplitudes, which count as fractions, are from 1.
@@ -210,7 +218,7 @@ class Problem(eqx.Module):
         stacks, images = self.fill(state)
         spectrum = transform_stacks(stacks, self.psf_sigma, self.canvas)
         data = tuple(
-            image.noise.deviance_residual(
+            getattr(image.noise, f"{kind}_residual")(
                 image.renderer(spectrum, image.shift) * image.gain[:, None, None] + image.sky() - image.data
             )
             for image in images
@@ -219,6 +227,11 @@ class Problem(eqx.Module):
         priors = zip(pixels, self.image_priors, strict=True)
         others = tuple(jnp.sqrt(weight) * (image - mean) for image, (mean, weight) in priors)
         return data, others + self._scales(state.vector)
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the loss of the data is half the square of their residuals."""
+        return all(image.noise.is_gaussian for image in self.images)
 
     def _scales(self, vector):
         """Return how far the sums of amplitudes are from 1: the model doesn't depend on them."""
@@ -241,14 +254,17 @@ class Problem(eqx.Module):
 
     def potential(self, state: State) -> Float[Array, ""]:
         """Return the part of the loss that isn't a square: minus the log-prior, and what the noise's parameters add."""
-        total = -self.log_prior(state.vector)
-        if any(leaf.name.startswith("noise.") for leaf in self.leaves):
-            total = total + sum(image.noise.log_spread() for image in self.fill(state)[1])
-        return total
+        return sum((jnp.sum(spread) for spread in self.spreads(state)), -self.log_prior(state.vector))
+
+    def spreads(self, state: State) -> list[Float[Array, "_ _ _"]]:
+        """Return what the parameters of the noise add to the loss of every pixel, for observations whose noise has any."""
+        if not any(leaf.name.startswith("noise.") for leaf in self.leaves):
+            return []
+        return [image.noise.log_spread() for image in self.fill(state)[1] if image.noise.constraints]
 
     def loss(self, state: State) -> Float[Array, ""]:
         """Return minus the log-density of the data and the parameters, up to a constant."""
-        squares = [jnp.vdot(residual, residual) for residual in jax.tree.leaves(self.residuals(state))]
+        squares = [jnp.vdot(residual, residual) for residual in jax.tree.leaves(self.residuals(state, "deviance"))]
         return 0.5 * sum(squares) + self.potential(state)
 
     def project(self, state: State) -> State:

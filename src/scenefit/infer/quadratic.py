@@ -132,17 +132,25 @@ def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w
 
 
 def prior_terms(problem: Problem, state: State):
-    """Return `Problem.potential`, its gradient along the vector and the diagonal of its Hessian (where positive)."""
+    """Return `Problem.potential`, its gradient along the vector and the diagonal of its Hessian (where positive).
+
+    Of what the noise's parameters add to the loss, the curvature is the part that makes up the Fisher information.
+    """
     vector = state.vector
     if not problem.has_potential:
         return jnp.zeros((), vector.dtype), jnp.zeros_like(vector), jnp.zeros_like(vector)
+    value, slope = jax.value_and_grad(lambda at: problem.potential(State(at, state.images)))(vector)
+    bend = -jax.jvp(jax.grad(problem.log_prior), (vector,), (jnp.ones_like(vector),))[1]
+    return value, slope, jnp.maximum(bend, 0.0) + spread_curvature(problem, state)
 
-    def potential(at):
-        return problem.potential(State(at, state.images))
 
-    value, slope = jax.value_and_grad(potential)(vector)
-    bend = jax.jvp(jax.grad(potential), (vector,), (jnp.ones_like(vector),))[1]
-    return value, slope, jnp.maximum(bend, 0.0)
+def spread_curvature(problem: Problem, state: State) -> Float[Array, " n"]:
+    """Return the diagonal of J^T J of `Problem.spreads`, in which no pixel depends on more than one coordinate."""
+    vector = state.vector
+    if not any(leaf.name.startswith("noise.") for leaf in problem.leaves):
+        return jnp.zeros_like(vector)
+    _, forward = jax.linearize(lambda at: problem.spreads(State(at, state.images)), vector)
+    return jax.linear_transpose(forward, vector)(forward(jnp.ones_like(vector)))[0]
 
 
 def dot(a, b) -> Float[Array, ""]:

@@ -192,7 +192,11 @@ def _step(problem: Problem, carry: SolverState, descend: Callable) -> tuple[Solv
     state = carry.trial
     residual, forward = jax.linearize(problem.residuals, state)
     potential, prior_gradient, prior_curvature = prior_terms(problem, state)
-    loss = 0.5 * dot(residual, residual) + potential
+    if problem.is_gaussian:
+        loss = 0.5 * dot(residual, residual) + potential
+    else:
+        deviance = problem.residuals(state, "deviance")
+        loss = 0.5 * dot(deviance, deviance) + potential
     # A decrease below the rounding of the loss can't be seen in it: such a step is taken as the model has it.
     rounding = ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(carry.loss)
     is_tiny = jnp.isfinite(carry.loss) & (jnp.abs(carry.promise) < rounding)

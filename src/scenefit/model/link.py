@@ -54,6 +54,11 @@ class PerBand(AbstractLink):
 
     def __init__(self, values: Mapping[str, object] | np.ndarray | Array, bands: Sequence[str] | None = None):
         if isinstance(values, Mapping):
+            shapes = {np.shape(value) for value in values.values()}
+            if len(shapes) != 1:
+                raise ValueError(
+                    f"PerBand wants values of one shape for at least one band; got shapes {sorted(shapes)}."
+                )
             self.bands = tuple(str(band) for band in values)
             self.values = np.stack([np.asarray(value, dtype=float) for value in values.values()])
         else:
@@ -71,8 +76,8 @@ class PerBand(AbstractLink):
 class Polynomial(AbstractLink):
     """A polynomial in wavelength, given by its values at as many wavelengths (`knots`) as it has coefficients.
 
-    The knots are the Chebyshev points between the shortest and the longest wavelength, or the wavelengths themselves if there
-    are as many; so priors and constraints are those of the parameter itself.
+    The knots are the Chebyshev-Lobatto points from the shortest to the longest wavelength, or the wavelengths themselves if
+    there are as many. Priors and constraints hold for the parameter there; in between, orders above 1 may leave them.
 
     Parameters
     ----------
@@ -111,14 +116,16 @@ class Polynomial(AbstractLink):
         if count == len(bands):
             return bands
         middle, half = 0.5 * (bands[0] + bands[-1]), 0.5 * (bands[-1] - bands[0])
-        return middle + half * np.cos(np.pi * (np.arange(count)[::-1] + 0.5) / count)
+        return middle - half * np.cos(np.pi * np.arange(count) / (count - 1)) if count > 1 else np.array([middle])
 
     def basis(self, channels):  # noqa: D102
         return self.basis_at([self.wavelengths[_band(c, self.wavelengths, "Polynomial")] for c in channels])
 
     def basis_at(self, wavelengths) -> np.ndarray:
         """Return the matrix, shape (m, k), that turns `values` into the parameter at m wavelengths (microns)."""
-        return scipy.interpolate.BarycentricInterpolator(self.knots, np.eye(len(self.values)))(_microns(wavelengths))
+        at, knots = _microns(wavelengths)[:, None], self.knots
+        others = [np.delete(knots, n) for n in range(len(knots))]
+        return np.stack([np.prod((at - o) / (k - o), axis=1) for k, o in zip(knots, others, strict=True)], axis=1)
 
     def evaluate(self, wavelengths) -> np.ndarray:
         """Return the parameter at wavelengths (microns, or a Quantity), shape (m, ...)."""
@@ -153,6 +160,10 @@ class BSpline(AbstractLink):
         self.values = _as_values(values)
         self.wavelengths = _check_wavelengths(wavelengths, len(self.values), "BSpline")
         self.degree = _check_order(degree)
+        if len(self.values) < 2:
+            raise ValueError(
+                "A BSpline wants at least two values; a parameter that is the same everywhere needs no link."
+            )
         if not 1 <= self.degree < len(self.values):
             raise ValueError(
                 f"A BSpline of {len(self.values)} values has a degree from 1 to {len(self.values) - 1}; got {degree}."
@@ -197,7 +208,7 @@ def _repeated(value, count) -> np.ndarray:
 
 def _check_order(order) -> int:
     """Return an order or degree as an integer of at least 0."""
-    if order != int(order) or order < 0:
+    if not isinstance(order, int | np.integer) or order < 0:
         raise ValueError(f"An order is an integer of at least 0; got {order!r}.")
     return int(order)
 

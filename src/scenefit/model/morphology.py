@@ -24,8 +24,6 @@ HALF_LIGHT_PER_SIGMA = float(np.sqrt(2 * np.log(2)))
 STAMP_FLUX_TOLERANCE = 5e-3
 """Fraction of a profile's flux that may fall outside its stamp; what does is still counted in `spectrum`. (Gaussians, points:
 1e-5.)"""
-SMALLEST_RADIUS = 1e-3
-"""Half-light radii down to this many pixels are told from a point's."""
 
 
 class AbstractMorphology(eqx.Module):
@@ -204,7 +202,8 @@ class SersicMorphology(AbstractRingMorphology):
     Notes
     -----
     Evaluated as a sum of Gaussians (see `scenefit.arrays.profiles`), so that convolution with the model PSF is exact for
-    radii and cusps of any size. The curve of growth is good to 6e-4 of the flux for n = 0.5 and to 2e-5 for n >= 1.
+    radii and cusps of any size. The curve of growth is good to 2e-3 of the flux for n = 0.4, 6e-4 for n = 0.5 and 2e-5 for
+    n >= 1.
 
     References
     ----------
@@ -310,8 +309,11 @@ class MultiGaussianMorphology(AbstractRingMorphology):
 
     def __init__(self, sigmas, amplitudes=None, ellipticity=(0.0, 0.0)):
         self.sigmas = np.asarray(units.to_pixels(sigmas, "The widths of a MultiGaussianMorphology"), dtype=float)
-        if self.sigmas.ndim != 1 or len(self.sigmas) < 1 or not (np.diff(self.sigmas, prepend=0.0) > 0).all():
-            raise ValueError(f"MultiGaussianMorphology wants positive, increasing widths, shape (ring,); got {sigmas}.")
+        rising = self.sigmas.ndim == 1 and len(self.sigmas) > 0 and (np.diff(self.sigmas, prepend=0.0) > 0).all()
+        if not rising or not np.isfinite(self.sigmas).all():
+            raise ValueError(
+                f"MultiGaussianMorphology wants finite, positive, increasing widths, shape (ring,); got {sigmas}."
+            )
         count = len(self.sigmas)
         self.amplitudes = _as_array(np.full(count, 1 / count) if amplitudes is None else amplitudes, (count,))
         self.ellipticity = _as_array(ellipticity, (2,))
@@ -369,6 +371,8 @@ class PixelMorphology(AbstractMorphology):
     constraints: ClassVar = {"image": constraints.nonnegative}
 
     def __init__(self, image, anchor: tuple[int, int] | None = None, envelope=None):
+        if isinstance(image, AbstractLink):
+            raise TypeError("The image of a PixelMorphology can't be a link: use one source for each band.")
         image = np.asarray(image, dtype=float)
         if image.ndim != 2 or not np.isfinite(image).all() or not image.sum() > 0:
             raise ValueError(
@@ -424,7 +428,9 @@ def _as_array(value, shape):
         if value.values.shape[1:] != shape:
             raise ValueError(f"Expected a link of values of shape (k, *{shape}); got {value.values.shape}.")
         return value
-    value = value if isinstance(value, Array) else np.asarray(value, dtype=float)
+    value = (
+        value if isinstance(value, Array) else np.array(units.to_pixels(value, "A parameter of a morphology"), float)
+    )
     if value.shape != shape:
         raise ValueError(f"Expected a parameter of shape {shape}; got {value.shape}.")
     return value

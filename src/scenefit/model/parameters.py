@@ -281,7 +281,7 @@ def _component_parameters(path, component) -> dict[str, Parameter]:
     }
     for name, constraint in component.morphology.constraints.items():
         full = f"{path}.morphology.{name}"
-        prior = _envelope_prior(component.morphology) if name == "image" else None
+        prior = _default_prior(name, component.morphology)
         value = getattr(component.morphology, name)
         # A link's parameter is the array of its values.
         shape = np.shape(getattr(value, "values", value))
@@ -301,6 +301,18 @@ def _observation_parameters(obs) -> list[Parameter]:
         Parameter(f"{base}.noise.{name}", obs.background.shape, True, constraint, unit="flux/pixel")
         for name, constraint in obs.noise.constraints.items()
     ]
+
+
+RING_SCALE = 0.005
+"""Scale of the half-Cauchy prior of the amplitudes of rings: those that the data don't ask for stay empty, above all wide ones
+that look like a sky, and bright ones hardly feel it."""
+
+
+def _default_prior(name, morphology) -> dist.Distribution | None:
+    """Return the prior that a parameter of a morphology has if no other is given."""
+    if name == "image":
+        return _envelope_prior(morphology)
+    return dist.HalfCauchy(RING_SCALE) if name == "amplitudes" else None
 
 
 def _envelope_prior(morphology) -> dist.Distribution | None:

@@ -119,7 +119,7 @@ def detection_image(frame: Frame, obs: Observation) -> tuple[np.ndarray, float]:
     weights = np.where(obs.noise.valid, 1 / obs.noise.level()[:, None, None] ** 2, 0.0)
     norm = weights.sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        plane = np.where(norm > 0, (weights * (obs.data - obs.background[:, None, None])).sum(axis=0) / norm, np.nan)
+        plane = np.where(norm > 0, (weights * (obs.data - obs.background_image())).sum(axis=0) / norm, np.nan)
     y, x = np.mgrid[: frame.box.shape[0], : frame.box.shape[1]]
     position = pixel_map(frame.wcs, obs.wcs, y, x)
     image = ndimage.map_coordinates(plane, [position[..., 0], position[..., 1]], order=1, cval=np.nan)
@@ -337,7 +337,7 @@ def _linear_fluxes(frame, observations, centers, ellipticities, rings, halves) -
     blocks: dict[int, list] = {}
     for obs in observations:
         positions, jacobians = _local_maps(frame, obs, centers)
-        data = np.where(obs.noise.valid, obs.data - obs.background[:, None, None], np.nan)
+        data = np.where(obs.noise.valid, obs.data - obs.background_image(), np.nan)
         sigmas = np.broadcast_to(obs.psf.effective_sigma, len(obs.channels))
         designs = {
             s: _envelopes(obs.shape[1:], positions, jacobians, ellipticities, rings, halves, s) for s in set(sigmas)
