@@ -21,8 +21,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NO_WINDOW = {"MPLBACKEND": "Agg"}
 # Scripts of benchmarks/ that measure nothing: run only when named.
 NO_BENCH = ("make_demo_field",)
-# What the benchmarks compare with, in an environment of its own.
-PEER = "scarlet2==0.5.1"
+# What each benchmark compares with, in an environment of its own.
+SCARLET2 = ("scarlet2==0.5.1",)
+PEERS = {
+    "linked_bands": ("pysersic==0.1.5",),
+    "real_pair": SCARLET2,
+    "rendering": SCARLET2,
+    "scaling": SCARLET2,
+    "stamps": ("astrophot==0.18.0", "torch"),
+}
 
 
 def pinned(tool: str) -> str:
@@ -113,9 +120,9 @@ def tutorials(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the benchmarks in turn, or the named ones: `nox -s bench -- scaling --sources 8 32 --json`.
 
-    Leading arguments that name a file of benchmarks/ choose; the others go to each that runs. `--peers` makes an
-    environment with scarlet2 and runs it beside those benchmarks that compare with it; `--peer-python PYTHON` takes an
-    existing one.
+    Leading arguments that name a file of benchmarks/ choose; the others go to each that runs. `--peers` makes environments
+    with the peers and runs each beside those benchmarks that compare with it; `--peer-python PYTHON` takes an existing
+    one, for the benchmarks that are named.
     """
     parser = argparse.ArgumentParser(prog="nox -s bench --", add_help=False, allow_abbrev=False)
     parser.add_argument("--peers", action="store_true")
@@ -126,18 +133,18 @@ def bench(session: nox.Session) -> None:
     while arguments and arguments[0] in scripts:
         chosen.append(arguments.pop(0))
     session.install("-e", ".[sim]")
-    peer = make_peer(session) if options.peers and not options.peer_python else options.peer_python
     for name in chosen or [name for name in scripts if name not in NO_BENCH]:
-        compares = peer and '"--peer-python"' in scripts[name].read_text()
-        more = ["--peer-python", peer] if compares else []
+        more = []
+        if name in PEERS and (options.peers or options.peer_python):
+            more = ["--peer-python", options.peer_python or make_peer(session, PEERS[name])]
         session.run("python", str(scripts[name]), *more, *arguments, env=NO_WINDOW)
 
 
-def make_peer(session: nox.Session) -> str:
-    """Return the Python of an environment with scarlet2, made if it isn't there yet."""
-    folder = Path(session.create_tmp()) / PEER.replace("==", "-")
+def make_peer(session: nox.Session, requirements: tuple[str, ...]) -> str:
+    """Return the Python of an environment with a peer, made if it isn't there yet."""
+    folder = Path(session.create_tmp()) / requirements[0].replace("==", "-")
     python = str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
     if not Path(python).exists():
         session.run("python", "-m", "venv", str(folder))
-    session.run(python, "-m", "pip", "install", "--quiet", PEER, external=True)
+    session.run(python, "-m", "pip", "install", "--quiet", *requirements, external=True)
     return python

@@ -27,6 +27,7 @@ ORDER = {
         "solvers",
         "fit",
         "batch",
+        "errors",
         "laplace",
         "target",
         "diagnostics",

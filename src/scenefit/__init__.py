@@ -7,6 +7,7 @@ from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNo
 from scenefit.data.observation import Astrometry, Observation
 from scenefit.infer.batch import fit_many
 from scenefit.infer.diagnostics import PosteriorStatus
+from scenefit.infer.errors import parameter_errors
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.infer.sample import Posterior, sample
 from scenefit.model import link
@@ -69,8 +70,10 @@ __all__ = [
     "link",
     "load",
     "offset_errors",
+    "parameter_errors",
     "plot",
     "priors",
+    "profile",
     "read_catalog",
     "read_observations",
     "sample",

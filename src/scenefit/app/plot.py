@@ -1,4 +1,4 @@
-"""Figures: observations, scenes, single sources, convergence.
+"""Figures: observations, scenes, single sources, convergence, profiles, posteriors.
 
 Every function returns a figure that pyplot knows nothing of. Save it with `fig.savefig(path)`; at the end of
 a notebook cell it shows itself. Its axes carry labels (`ax.get_label()`) such as "HSC residual".
@@ -16,11 +16,22 @@ from matplotlib.figure import Figure
 
 from scenefit.app.color import asinh_rgb, balanced_options, default_channel_map, default_stretch
 from scenefit.app.panels import NotebookFigure, draw_outlines, mark_positions, show_residual, show_rgb
+from scenefit.app.profileplot import corner, link_curves, profile
 from scenefit.arrays.box import Box
 from scenefit.model.packing import component_box
 from scenefit.sky.frame import Channel, pixel_map, pixel_scale_of
 
-__all__ = ["asinh_rgb", "convergence", "default_channel_map", "observation", "scene", "sources"]
+__all__ = [
+    "asinh_rgb",
+    "convergence",
+    "corner",
+    "default_channel_map",
+    "link_curves",
+    "observation",
+    "profile",
+    "scene",
+    "sources",
+]
 
 RESIDUAL_LIMITS = (4, 10)
 """Smallest and largest range of the residual maps, in standard deviations."""

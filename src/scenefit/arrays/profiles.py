@@ -90,7 +90,7 @@ def _sersic_table() -> np.ndarray:
     """Return spline coefficients (4, index, x): of a ring, of all narrower ones (their flux and second moment), of all wider."""
     step = RING_SPACING / _STEPS
     x = np.arange(_LOWEST / step, _HIGHEST / step) * step
-    indices = np.exp(np.linspace(*np.log(_TABLE_RANGE), _NUM_INDICES))
+    indices = np.geomspace(_TABLE_RANGE[0], _TABLE_RANGE[1], _NUM_INDICES)
     # Twice the Nyquist frequency of the rings is where the interpolating function has long ended.
     frequency = np.linspace(0, 2 * np.pi / RING_SPACING, 2001)
     limit = np.pi / RING_SPACING

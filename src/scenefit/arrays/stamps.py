@@ -136,11 +136,9 @@ def _backward(given, shape):
             )
 
         _, gathered = lax.scan(gather, None, (spectra, stamps, origins))
-        moved = (
-            jnp.moveaxis(g, 0, len(leading)) if present else () for g, present in zip(gathered, given[1:], strict=True)
-        )
-        everything = (cotangent, *moved)
-        return tuple(value for value, present in zip(everything, given, strict=True) if present)
+        found = [g for g, present in zip(gathered, given[1:], strict=True) if present]
+        moved = tuple(jnp.moveaxis(jnp.asarray(g), 0, len(leading)) for g in found)
+        return ((cotangent,) if given[0] else ()) + moved
 
     return backward
 

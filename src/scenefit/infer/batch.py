@@ -159,8 +159,8 @@ def _run_group(members: list[_Member], rtol: float, max_steps: int, batch_size: 
         limits = np.asarray(rtol, np.float32), np.asarray(steps, np.int32), np.asarray(max_steps, np.int32)
         batch = jax.device_get(_advance(problems, batch, members[0].coordinates, linear, limits, on_cpu))
         for n, member in enumerate(chosen):
-            member.lane = jax.tree.map(lambda leaf, n=n: leaf[n], batch)
-            if _goes_on(member.lane, max_steps):
+            member.lane = lane = jax.tree.map(lambda leaf, n=n: leaf[n], batch)
+            if _goes_on(lane, max_steps):
                 waiting.append(member)
             else:
                 bar.update()

@@ -6,7 +6,7 @@ import enum
 
 import equinox as eqx
 import numpy as np
-from arviz_stats.base import array_stats
+from arviz_stats.base.array import array_stats
 
 MAX_R_HAT, MIN_ESS, MAX_PARETO_K = 1.01, 400.0, 0.7
 """Chains have converged below the first and with at least the second (Vehtari et al. 2021, Bayesian Analysis 16, 667,
@@ -14,7 +14,8 @@ doi:10.1214/20-BA1221); an approximation is good below the third (Vehtari et al.
 MAX_DIVERGENT = 0.01
 """Fraction of transitions that may diverge."""
 
-_ESS_KINDS = ({"method": "bulk"}, {"method": "tail", "prob": (0.05, 0.95)})
+TAIL_QUANTILES = (0.05, 0.95)
+"""The effective sample size of the tails is that of these quantiles."""
 
 
 class PosteriorStatus(enum.Enum):
@@ -74,7 +75,8 @@ def of_chains(draws: dict[str, np.ndarray], divergent: float) -> Diagnostics:
         constant = np.ptp(moved.reshape(*moved.shape[:-2], -1), axis=-1) == 0
         noise = np.where(constant[..., None, None], np.random.default_rng(0).normal(size=moved.shape), moved)
         r_hat[path] = np.where(constant, np.nan, array_stats.rhat(noise))
-        bulk, tail = (array_stats.ess(noise, **kind) for kind in _ESS_KINDS)
+        bulk = array_stats.ess(noise, method="bulk")
+        tail = array_stats.ess(noise, method="tail", prob=TAIL_QUANTILES)
         ess[path] = np.where(constant, np.nan, np.minimum(bulk, tail))
     return Diagnostics(r_hat, ess, float("nan"), divergent)
 

@@ -19,7 +19,7 @@ from scenefit.infer.dense import MAX_COORDINATES, free_coordinates
 from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
 from scenefit.infer.fit import FitResult
 from scenefit.infer.target import Target, laplace_target
-from scenefit.model.link import AbstractLink
+from scenefit.model.link import AbstractCurve, AbstractLink
 from scenefit.model.scene import Scene
 
 METHODS = ("laplace", "svi", "nuts")
@@ -66,7 +66,7 @@ class Posterior(eqx.Module):
     def curve(self, path: str, wavelengths) -> np.ndarray:
         """Return a linked parameter at wavelengths (microns or a Quantity), shape (draw, wavelength, ...)."""
         link = self._link(path)
-        if not hasattr(link, "basis_at"):
+        if not isinstance(link, AbstractCurve):
             raise ValueError(f"{path} is free in every band; there is no curve between them.")
         return np.einsum("wk,dk...->dw...", link.basis_at(wavelengths), self[path])
 
@@ -110,9 +110,9 @@ def sample(
     method: str = "nuts",
     *,
     key: Array,
-    num_samples: int = 2000,
+    num_samples: int = 3000,
     num_chains: int = 4,
-    num_warmup: int = 150,
+    num_warmup: int = 200,
     guide: str = "normal",
     num_steps: int = 400,
     num_particles: int = 4,

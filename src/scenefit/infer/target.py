@@ -6,14 +6,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_booleans, as_floats, compiled
 from scenefit.infer.dense import Coordinates, hessian
 from scenefit.infer.problem import Problem, State, smooth_range
 
-NEWTON_STEPS = 3
-"""Newton steps from the mode of the parameters' density to that of the coordinates'."""
+NEWTON_STEPS, LONGEST_STEP, SMALL_STEP = 3, 1.0, 0.05
+"""Newton steps at most from the mode of the parameters' density to that of the coordinates', and their lengths (root mean square
+in standard deviations): at most, and at the end."""
+DIFFERENCE, SMALLEST_CURVATURE = 0.3, 0.05
+"""Standard deviations over which gradients are differenced, and the curvature in these units below which it isn't believed."""
 
 
 class Target(eqx.Module):
@@ -104,7 +108,7 @@ def _bounded(free, low, high, softness):
 def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> Target:
     """Return the density about its mode, near a state, whitened by the inverse root of its Hessian there.
 
-    The Hessian is the exact one; directions in which it isn't positive take that of Gauss and Newton.
+    Directions in which that isn't positive take the Hessian of Gauss and Newton.
 
     Raises
     ------
@@ -122,6 +126,7 @@ def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> 
     free = _free_value(value, low, high, softness)
     elements = np.asarray(problem.index)
     own = (elements == np.arange(len(elements))) & np.asarray(problem.free.vector)[elements]
+    root = np.linalg.cholesky(_inverse(gauss_newton, scale))
     target = Target(
         problem=problem,
         state=state,
@@ -129,11 +134,9 @@ def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> 
         own=as_booleans(own),
         softness=as_floats(softness),
         center=as_floats(free),
-        root=as_floats(np.diag(sigma)),
+        root=as_floats(root),
     )
-    best, curvature = _newton(target, gauss_newton)
-    root = np.linalg.inv(np.linalg.cholesky(curvature)).T
-    return eqx.tree_at(lambda t: (t.center, t.root), target, (as_floats(best), as_floats(root)))
+    return _at_mode(target)
 
 
 @compiled
@@ -142,43 +145,36 @@ def _gauss_newton(problem, state, coordinates):
 
 
 @compiled
-def _derivatives(target: Target, free):
-    """Return value, gradient and Hessian of minus the log-density."""
-
-    def negative(u):
-        return -target.log_density(u)
-
-    value, gradient = jax.value_and_grad(negative)(free)
-    rows = jax.lax.map(lambda e: jax.jvp(jax.grad(negative), (free,), (e,))[1], jnp.eye(len(free), dtype=free.dtype))
-    return value, gradient, rows
+def _slopes(target: Target, white):
+    """Return minus the log-density and its gradient at whitened coordinates, shape (k, m)."""
+    return lax.map(jax.value_and_grad(target.potential), white)
 
 
-def _newton(target: Target, gauss_newton: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mode in free coordinates and the Hessian there."""
-    free, best = np.asarray(target.center, dtype=float), None
+def _at_mode(target: Target) -> Target:
+    """Return the target about its mode, whitened by its Hessian there.
+
+    The Hessian is that of differences of the gradient over `DIFFERENCE` standard deviations either way: exact enough, in single
+    precision too, and quicker to compile than second derivatives.
+    """
+    size = len(target.center)
+    ends = np.concatenate([np.zeros((1, size)), DIFFERENCE * np.eye(size), -DIFFERENCE * np.eye(size)])
     for _ in range(NEWTON_STEPS):
-        value, gradient, matrix = (np.asarray(part, dtype=float) for part in _derivatives(target, as_floats(free)))
-        if not np.isfinite(value) or (best is not None and value > best[0] + 0.1):
+        values, slopes = (np.asarray(part, dtype=float) for part in _slopes(target, as_floats(ends)))
+        if not (np.isfinite(values).all() and np.isfinite(slopes).all()):
+            raise ValueError("The posterior density isn't finite about the result of the fit.")
+        matrix = (slopes[1 : size + 1] - slopes[size + 1 :]) / (2 * DIFFERENCE)
+        curvature, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
+        # Directions in which the density isn't peaked keep the curvature of Gauss and Newton.
+        curvature = np.where(curvature > SMALLEST_CURVATURE, curvature, 1.0)
+        step = -vectors @ (vectors.T @ slopes[0] / curvature)
+        length = np.sqrt(np.mean(step**2))
+        step = step * min(1.0, LONGEST_STEP / max(length, 1e-30))
+        root, center = np.asarray(target.root, dtype=float), np.asarray(target.center, dtype=float)
+        center, root = center + root @ step, root @ (vectors / np.sqrt(curvature))
+        target = eqx.tree_at(lambda t: (t.center, t.root), target, (as_floats(center), as_floats(root)))
+        if length < SMALL_STEP:
             break
-        curvature = _positive(0.5 * (matrix + matrix.T), gauss_newton)
-        best = value, free, curvature
-        step = -np.linalg.solve(curvature, gradient)
-        if np.sqrt(step @ curvature @ step) < 0.05 * np.sqrt(len(step)):
-            best = value, free + step, curvature
-            break
-        free = free + step
-    if best is None:
-        raise ValueError("The posterior density isn't finite at the result of the fit.")
-    return best[1], best[2]
-
-
-def _positive(matrix: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """Return a Hessian with the curvature of the fallback in directions in which it is less than a twentieth of that."""
-    lower = np.linalg.cholesky(_regular(fallback))
-    inverse = np.linalg.inv(lower)
-    values, vectors = np.linalg.eigh(inverse @ matrix @ inverse.T)
-    values = np.where(values > 0.05, values, 1.0)
-    return lower @ ((vectors * values) @ vectors.T) @ lower.T
+    return target
 
 
 def _regular(matrix):

@@ -41,6 +41,29 @@ def with_values(link: AbstractLink, values) -> AbstractLink:
     return eqx.tree_at(lambda each: each.values, link, values)
 
 
+class AbstractCurve(AbstractLink):
+    """A parameter as a function of wavelength.
+
+    Attributes
+    ----------
+    wavelengths : dict of float
+        In microns, by band.
+    """
+
+    wavelengths: eqx.AbstractVar[dict[str, float]]
+
+    @abstractmethod
+    def basis_at(self, wavelengths) -> np.ndarray:
+        """Return the matrix, shape (m, k), that turns `values` into the parameter at m wavelengths (microns)."""
+
+    def basis(self, channels):  # noqa: D102
+        return self.basis_at([self.wavelengths[_band(c, self.wavelengths, type(self).__name__)] for c in channels])
+
+    def evaluate(self, wavelengths) -> np.ndarray:
+        """Return the parameter at wavelengths (microns, or a Quantity), shape (m, ...)."""
+        return np.tensordot(self.basis_at(wavelengths), np.asarray(self.values), axes=1)
+
+
 class PerBand(AbstractLink):
     """A free value in every band.
 
@@ -54,7 +77,7 @@ class PerBand(AbstractLink):
 
     def __init__(self, values: Mapping[str, object] | np.ndarray | Array, bands: Sequence[str] | None = None):
         if isinstance(values, Mapping):
-            shapes = {np.shape(value) for value in values.values()}
+            shapes = {np.shape(np.asarray(value)) for value in values.values()}
             if len(shapes) != 1:
                 raise ValueError(
                     f"PerBand wants values of one shape for at least one band; got shapes {sorted(shapes)}."
@@ -73,7 +96,7 @@ class PerBand(AbstractLink):
         return np.array([[float(band == own) for own in self.bands] for band in bands])
 
 
-class Polynomial(AbstractLink):
+class Polynomial(AbstractCurve):
     """A polynomial in wavelength, given by its values at as many wavelengths (`knots`) as it has coefficients.
 
     The knots are the Chebyshev-Lobatto points from the shortest to the longest wavelength, or the wavelengths themselves if
@@ -118,21 +141,13 @@ class Polynomial(AbstractLink):
         middle, half = 0.5 * (bands[0] + bands[-1]), 0.5 * (bands[-1] - bands[0])
         return middle - half * np.cos(np.pi * np.arange(count) / (count - 1)) if count > 1 else np.array([middle])
 
-    def basis(self, channels):  # noqa: D102
-        return self.basis_at([self.wavelengths[_band(c, self.wavelengths, "Polynomial")] for c in channels])
-
-    def basis_at(self, wavelengths) -> np.ndarray:
-        """Return the matrix, shape (m, k), that turns `values` into the parameter at m wavelengths (microns)."""
+    def basis_at(self, wavelengths) -> np.ndarray:  # noqa: D102
         at, knots = _microns(wavelengths)[:, None], self.knots
         others = [np.delete(knots, n) for n in range(len(knots))]
         return np.stack([np.prod((at - o) / (k - o), axis=1) for k, o in zip(knots, others, strict=True)], axis=1)
 
-    def evaluate(self, wavelengths) -> np.ndarray:
-        """Return the parameter at wavelengths (microns, or a Quantity), shape (m, ...)."""
-        return np.tensordot(self.basis_at(wavelengths), np.asarray(self.values), axes=1)
 
-
-class BSpline(AbstractLink):
+class BSpline(AbstractCurve):
     """A clamped B-spline in wavelength with uniform knots between the shortest and the longest.
 
     Between the smallest and the largest of the values everywhere, so that constraints on these hold for the curve.
@@ -174,11 +189,7 @@ class BSpline(AbstractLink):
         """Build the spline of `count` coefficients that has one value everywhere: a start for a fit."""
         return cls(_repeated(value, count), wavelengths, min(degree, count - 1))
 
-    def basis(self, channels):  # noqa: D102
-        return self.basis_at([self.wavelengths[_band(c, self.wavelengths, "BSpline")] for c in channels])
-
-    def basis_at(self, wavelengths) -> np.ndarray:
-        """Return the matrix, shape (m, k), that turns `values` into the parameter at m wavelengths (microns)."""
+    def basis_at(self, wavelengths) -> np.ndarray:  # noqa: D102
         low, high = min(self.wavelengths.values()), max(self.wavelengths.values())
         inner = np.linspace(low, high, len(self.values) - self.degree + 1)
         knots = np.concatenate([[low] * self.degree, inner, [high] * self.degree])
@@ -186,10 +197,6 @@ class BSpline(AbstractLink):
         if at.min() < low or at.max() > high:
             raise ValueError(f"A BSpline is known from {low} to {high} micron only; got {at.min()} to {at.max()}.")
         return scipy.interpolate.BSpline.design_matrix(at, knots, self.degree).toarray()
-
-    def evaluate(self, wavelengths) -> np.ndarray:
-        """Return the parameter at wavelengths (microns, or a Quantity), shape (m, ...)."""
-        return np.tensordot(self.basis_at(wavelengths), np.asarray(self.values), axes=1)
 
 
 def _as_values(values):
@@ -239,7 +246,7 @@ def _check_wavelengths(wavelengths, count, name) -> dict[str, float]:
 
 def _band(channel: Channel, known, name) -> str:
     """Return the band of a channel."""
-    band = channel if channel in known else channel[0] if isinstance(channel, tuple) else channel
+    band = str(channel[0] if isinstance(channel, tuple) else channel)
     if band not in known:
         raise ValueError(f"{name} knows the bands {list(known)}; the model also has {channel!r}. Add its wavelength.")
     return band

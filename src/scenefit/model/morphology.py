@@ -329,7 +329,7 @@ class MultiGaussianMorphology(AbstractRingMorphology):
     ) -> MultiGaussianMorphology:
         """Build rings of equal amplitude with widths equally spaced in asinh(sigma / scale): linear below `scale` pixels."""
         ends = np.arcsinh(np.array([smallest, largest]) / scale)
-        return cls(scale * np.sinh(np.linspace(*ends, count)), None, ellipticity)
+        return cls(scale * np.sinh(np.linspace(ends[0], ends[1], count)), None, ellipticity)
 
     def rings(self, count):  # noqa: D102
         amplitudes = jnp.asarray(self.amplitudes)

@@ -66,7 +66,7 @@ def automatic(
     sources; and that between mean and median, for what clipping doesn't reach.
 
     All scales with the data and its noise, so that the unit doesn't matter. A link's values each have the prior of the
-    parameter. A parameter that is tied to another has none of its own; the other one's start counts. What is free stays so.
+    parameter. A parameter that is tied to another is left alone; the other one's start counts. What is free stays so.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def automatic(
     Returns
     -------
     changed : Parameters
-        A prior has the shape of its parameter.
+        A prior has the shape of its parameter, or is one for all elements.
 
     Raises
     ------
@@ -201,19 +201,21 @@ def _text(value) -> str:
 
 def _prior(parameter: Parameter, guess: tuple | None, scale: float) -> dist.Distribution:
     """Return the normal distribution of a guess within the range of a parameter; a uniform one without a guess."""
-    shape, constraint = parameter.shape, parameter.constraint
-    bounds = {"low": getattr(constraint, "lower_bound", -np.inf), "high": getattr(constraint, "upper_bound", np.inf)}
-    bounds = {name: np.full(shape, float(bound)) for name, bound in bounds.items() if np.isfinite(bound)}
+    low, high = (getattr(parameter.constraint, f"{side}_bound", None) for side in ("lower", "upper"))
     if guess is not None:
-        location, width = (np.broadcast_to(part, shape).astype(float) for part in guess)
-        normal = dist.Normal(location, scale * width)
-        return dist.TruncatedDistribution(normal, **bounds) if bounds else normal
-    if len(bounds) < 2:
+        location, width = (np.array(part, dtype=float) for part in np.broadcast_arrays(*guess))
+        if not np.isfinite(location).all():
+            raise ValueError(f"{parameter.path} starts at {_text(location)}; a prior wants a finite start.")
+        # Bounds of the same shape: others can't be read back from a file.
+        low, high = (None if bound is None else np.full(location.shape, float(bound)) for bound in (low, high))
+        normal = dist.Normal(location, np.asarray(scale * width))
+        return normal if low is None and high is None else dist.TruncatedDistribution(normal, low=low, high=high)
+    if low is None or high is None:
         raise ValueError(
-            f"There is no rule for the prior of {parameter.path} (constraint: {constraint}); give it one before: "
+            f"There is no rule for the prior of {parameter.path} (constraint: {parameter.constraint}); give it one before: "
             f"parameters.prior({parameter.path!r}, ...)."
         )
-    return dist.Uniform(**bounds)
+    return dist.Uniform(float(low), float(high))
 
 
 class _Sky(eqx.Module):
@@ -236,7 +238,7 @@ class _Sky(eqx.Module):
     scatter: np.ndarray
 
 
-class _View(eqx.Module):
+class _Appearance(eqx.Module):
     """What an observation shows of a scene.
 
     Attributes
@@ -310,7 +312,7 @@ def _flux_width(channels, spectrum, views, number, radius) -> np.ndarray:
     return np.maximum(flux, light + FLUX_ERRORS * error)
 
 
-def _view(scene: Scene, obs: Observation, parameters: Parameters) -> _View:
+def _view(scene: Scene, obs: Observation, parameters: Parameters) -> _Appearance:
     """Return what an observation shows of a scene."""
     frame, count = scene.frame, len(obs.channels)
     centers = np.array([np.asarray(c.center, dtype=float) for _, c in scene.components()]).reshape(-1, 2)
@@ -330,7 +332,7 @@ def _view(scene: Scene, obs: Observation, parameters: Parameters) -> _View:
         flux, size = _grow(*pixels, int(groups.max()) + 1, float(sky.scatter[c]), float(psf_sigma[c]))
         light[:, c], radius[:, c] = flux[groups], pixel * size[groups]
     seen = obs.noise.valid.any(axis=(1, 2))
-    return _View(
+    return _Appearance(
         channels=np.array(frame.channel_index(obs.channels)),
         pixel=pixel,
         psf_sigma=psf_sigma,
@@ -364,11 +366,8 @@ def _measure_sky(obs: Observation, distance: np.ndarray, fit_slope: bool) -> _Sk
     noise = obs.noise.level()
     y, x = np.mgrid[: obs.shape[1], : obs.shape[2]] - 0.5 * (np.array(obs.shape[1:]) - 1)[:, None, None]
     level, slope = obs.background.astype(float), obs.background_slope.astype(float)
-    error, scatter, extent = (
-        noise.astype(float),
-        noise.astype(float),
-        np.tile(np.maximum(obs.shape[1:], 1.0), (len(noise), 1)),
-    )
+    error, scatter = noise.astype(float), noise.astype(float)
+    extent = np.tile(np.array(obs.shape[1:], dtype=float), (len(noise), 1))
     for c, valid in enumerate(obs.noise.valid):
         if valid.sum() < FEWEST_PIXELS:
             continue
@@ -404,9 +403,8 @@ def _grow(values, group, distance, count, scatter, psf_sigma) -> tuple[np.ndarra
 
     Rings are added up to the first two in a row whose light is below its standard error.
     """
-    edges = APERTURE_RATIO ** np.arange(
-        2 + np.ceil(np.log(max(distance.max(initial=1.0), 1.0)) / np.log(APERTURE_RATIO))
-    )
+    steps = np.ceil(np.log(distance.max(initial=1.0)) / np.log(APERTURE_RATIO))
+    edges = APERTURE_RATIO ** np.arange(steps + 2)
     slot = group * len(edges) + np.searchsorted(edges, distance)
     rings = np.bincount(slot, values, minlength=count * len(edges)).reshape(count, -1)
     pixels = np.bincount(slot, minlength=count * len(edges)).reshape(count, -1)

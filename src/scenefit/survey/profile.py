@@ -136,7 +136,7 @@ class Profile(eqx.Module):
         """
         if not self.has_magnitudes:
             raise ValueError("Magnitudes per square arcsec want observations with zeropoints and a WCS.")
-        return units.ab_magnitude(surface_brightness / self.pixel_scale**2)
+        return np.asarray(units.ab_magnitude(surface_brightness / self.pixel_scale**2))
 
     def fraction_radius(self, fraction: float) -> np.ndarray:
         """Return the semi-major axis of the ellipse that holds a fraction of the light, before any PSF.
@@ -144,7 +144,8 @@ class Profile(eqx.Module):
         Returns
         -------
         array, shape (draw, channel)
-            Pixels. 0 if a point at the centre has more light than that; NaN where the total flux isn't positive.
+            Pixels. 0 if more light than that is within a hundredth of the half-light radius of the smallest component: in a
+            point, that is. NaN where the total flux isn't positive.
 
         Raises
         ------

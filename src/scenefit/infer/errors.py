@@ -1,0 +1,71 @@
+"""Standard errors of all free parameters at the best fit, for scenes of few parameters."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scenefit.arrays.compilation import compiled
+from scenefit.infer import posterior
+from scenefit.infer.dense import MAX_COORDINATES, Coordinates, free_coordinates, hessian
+from scenefit.infer.fit import FitResult
+from scenefit.infer.problem import Problem, State
+
+
+def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
+    """Return the standard errors of all free parameters, everything else marginalised.
+
+    From the inverse of the Gauss-Newton Hessian (the data's information and the curvature of the priors) and the derivative
+    of the parameters; values at a bound count as free. `sample(result, "laplace")` has the exact Hessian, and judges it.
+
+    Parameters
+    ----------
+    result : FitResult
+        Without free images, and with few free parameters.
+
+    Returns
+    -------
+    dict of array
+        By path, in the parameters' units and shapes; infinite where nothing determines them.
+
+    Raises
+    ------
+    ValueError
+        If there are free images or too many parameters.
+    """
+    problem, state, layout = posterior.build(result.scene, result.observations, result.parameters, whole_frame=True)
+    coordinates = free_coordinates(problem)
+    if coordinates is None:
+        raise ValueError(f"parameter_errors wants 1 to {MAX_COORDINATES} free numbers and no free image.")
+    matrix, slopes = (np.asarray(part, dtype=float) for part in _information(problem, state, coordinates))
+    covariance = _inverse(matrix)
+    lost = ~np.isfinite(np.diag(covariance))
+    finite = np.where(np.isfinite(covariance), covariance, 0.0)
+    variance = np.einsum("em,mk,ek->e", slopes, finite, slopes)
+    errors = np.where((slopes[:, lost] != 0).any(axis=1), np.inf, np.sqrt(np.maximum(variance, 0.0)))
+    table = result.parameters.table
+    free = {path for path, p in table.items() if (table[p.tied_to] if p.tied_to else p).free}
+    return {path: errors[numbers] * units for path, (numbers, units) in layout.places.items() if path in free}
+
+
+@compiled
+def _information(problem: Problem, state: State, coordinates: Coordinates):
+    """Return the Hessian (m, m), and the derivatives of all elements along the coordinates (e, m)."""
+    rows = (coordinates.index[:, None] == jnp.arange(len(state.vector))).astype(state.vector.dtype)
+    slopes = jax.vmap(lambda row: jax.jvp(problem.elements, (state.vector,), (row,))[1])(rows)
+    return hessian(problem, state, coordinates)[1], slopes.T
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Return the inverse of a positive semi-definite matrix; infinite variances where it is singular."""
+    diagonal = np.diag(matrix)
+    scale = np.where(diagonal > 0, 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0)), 0.0)
+    values, vectors = np.linalg.eigh(matrix * scale[:, None] * scale)
+    with np.errstate(divide="ignore"):
+        spread = np.where(values > 1e-7 * values.max(), 1 / np.maximum(values, 1e-30), np.inf)
+    known = np.isfinite(spread)
+    inverse = (vectors[:, known] * spread[known]) @ vectors[:, known].T * scale[:, None] * scale
+    lost = (np.abs(vectors[:, ~known]) > 1e-2).any(axis=1) | (diagonal <= 0)
+    inverse[np.ix_(lost, lost)] = np.where(np.eye(lost.sum(), dtype=bool), np.inf, 0.0)
+    return inverse
