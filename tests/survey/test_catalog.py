@@ -8,7 +8,7 @@ from astropy.coordinates import SkyCoord
 from astropy.table import QTable
 
 from scenefit.infer.fit import FitResult, Status
-from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
+from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology, SersicMorphology
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
@@ -261,6 +261,23 @@ def test_flags_are_raised_where_they_should(table):
     stopped = catalog(as_result(scene, result.observations, status=Status.MAX_STEPS))
     assert (stopped["flags"] & Flag.NOT_CONVERGED).all()
     assert stopped.meta["status"] == "MAX_STEPS"
+
+
+def test_shapes_at_the_ends_of_their_range():
+    frame = Frame((61, 61), channels="g", padding=8)
+    obs = make_observation(shape=(61, 61), channels=["g"], wcs=None)
+    indices = {"low": 0.42, "inside": 2.0, "high": 7.97}
+    sources = {
+        name: Source((30.0, 15.0 + 15 * n), [5.0], SersicMorphology(1.0, index))
+        for n, (name, index) in enumerate(indices.items())
+    }
+    sources["shrunk"] = Source((20.0, 30.0), [5.0], GaussianMorphology(5e-4))
+    scene = Scene(frame, sources)
+    found = dict(zip(sources, catalog(as_result(scene, [obs]))["flags"] & Flag.AT_BOUND, strict=True))
+    assert {name for name, flag in found.items() if flag} == {"low", "high", "shrunk"}
+    # What is held there on purpose isn't flagged.
+    fixed = Parameters.default(scene, [obs]).fix("sources.*.morphology")
+    assert not (catalog(as_result(scene, [obs], fixed))["flags"] & Flag.AT_BOUND).any()
 
 
 def test_a_vanished_source_has_no_shape():

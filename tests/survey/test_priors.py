@@ -277,8 +277,6 @@ def test_every_free_parameter_has_a_prior_of_its_shape():
 def test_the_loss_has_the_priors_in_few_kinds():
     scene, observations, parameters = several_instruments()
     observations = [obs.match(scene.frame) for obs in observations]
-    # The loss takes priors whose shape has one axis.
-    parameters = parameters.fix("observations.coarse.background_slope")
     changed = automatic(scene, observations, parameters)
     problem, state, layout = posterior.build(scene, observations, changed)
     elements, log_prior = eqx.filter_jit(lambda p, v: (p.elements(v), p.log_prior(v)))(problem, state.vector)

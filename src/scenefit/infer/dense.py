@@ -18,6 +18,9 @@ MAX_COORDINATES = 96
 """Free coordinates up to which the Jacobian is computed as a whole."""
 MAX_TURNS = 30
 """Changes of the set of coordinates at bounds at most, in the solution of a quadratic programme."""
+LONGEST_MOVE = 1.0
+"""Logarithms and logits of parameters change by at most this much in a step: where the maps saturate, the model wouldn't know
+the way back."""
 SINGULAR = 1e-6
 """Added to the unit diagonal of the scaled Hessian: directions that nothing determines stay where they are."""
 
@@ -57,6 +60,14 @@ def free_coordinates(problem: Problem) -> Coordinates | None:
     if not 0 < len(chosen) <= MAX_COORDINATES or any(np.any(image) for image in problem.free.images):
         return None
     return Coordinates(as_integers(chosen[of_shapes[chosen]]), as_integers(chosen[~of_shapes[chosen]]))
+
+
+def is_mapped(problem: Problem) -> np.ndarray:
+    """Return which coordinates are mapped to their parameters: logarithms, logits, ellipticities."""
+    mapped = np.zeros(len(problem.lowest.vector), bool)
+    for leaf in problem.leaves:
+        mapped[leaf.start : leaf.stop] = leaf.map != "identity"
+    return mapped
 
 
 def _shapes_images(leaf: Leaf) -> bool:
@@ -139,8 +150,9 @@ def dense_descent(
     unit = jnp.where(counts, 1 / jnp.sqrt(jnp.where(counts, diagonal, 1.0)), 0.0)
     scaled = matrix * unit[:, None] * unit + jnp.diag(jnp.where(counts, damping + SINGULAR, 1.0))
     safe = jnp.where(counts, unit, 1.0)
-    low = (problem.lowest.vector[index] - state.vector[index]) / safe
-    high = (problem.highest.vector[index] - state.vector[index]) / safe
+    farthest = jnp.where(jnp.asarray(is_mapped(problem))[index], LONGEST_MOVE, jnp.inf)
+    low = jnp.maximum(problem.lowest.vector[index] - state.vector[index], -farthest) / safe
+    high = jnp.minimum(problem.highest.vector[index] - state.vector[index], farthest) / safe
     step, on_face = quadratic_program(scaled, slope * unit, jnp.where(counts, low, 0.0), jnp.where(counts, high, 0.0))
     decrement = -(0.5 * step @ (scaled @ step) + (slope * unit) @ step)
     nothing = jax.tree.map(jnp.zeros_like, state)

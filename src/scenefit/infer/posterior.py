@@ -223,6 +223,11 @@ def _as_image(obs: Observation, level, unit) -> Image:
     )
 
 
+ONE_SIDED, TWO_SIDED = 15.0, 7.0
+"""Coordinates of parameters with one bound (logarithms) and with two (logits) stay between minus and plus these: beyond, nothing
+would change."""
+
+
 class _ElementTable:
     """Collects the elements of all leaves that hold something free."""
 
@@ -258,7 +263,7 @@ class _ElementTable:
             coordinate = value / np.sqrt(np.maximum(1 - np.sum(value**2, axis=-1, keepdims=True), 1e-6))
         for parameter, where in specs:
             if parameter.prior is not None:
-                self.priors.append((parameter.prior, numbers[where].ravel(), units[where].ravel()))
+                self.priors.append((parameter.prior, numbers[where], units[where]))
         coordinate_map = "disk" if disk else "identity" if linear else "range"
         self.leaves += (Leaf(kind, number, name, first, first + value.size, shape, coordinate_map),)
         self.start = np.append(self.start, coordinate.ravel())
@@ -268,10 +273,12 @@ class _ElementTable:
         self.index = np.append(self.index, numbers.ravel())
 
     def coordinate_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bounds of the coordinates that are projected into their range; infinite for the others."""
+        """Return the bounds of the coordinates: of those that are projected into their range, and where maps onto it saturate."""
         lowest, highest = np.full(len(self.start), -np.inf), np.full(len(self.start), np.inf)
-        np.maximum.at(lowest, self.index, np.where(self.bounded, self.low, -np.inf))
-        np.minimum.at(highest, self.index, np.where(self.bounded, self.high, np.inf))
+        ends = np.isfinite(self.low).astype(int) + np.isfinite(self.high)
+        saturated = np.array([np.inf, ONE_SIDED, TWO_SIDED])[ends]
+        np.maximum.at(lowest, self.index, np.where(self.bounded, self.low, -saturated))
+        np.minimum.at(highest, self.index, np.where(self.bounded, self.high, saturated))
         return lowest, highest
 
     def tie(self, parameters: Parameters):
@@ -332,7 +339,7 @@ def _stacked_priors(priors) -> tuple[Priors, ...]:
     for prior, index, unit in priors:
         leaves, structure = jax.tree.flatten(prior)
         leaves = [np.asarray(leaf, dtype=float) for leaf in leaves]
-        key = structure, len(index), tuple(leaf.shape for leaf in leaves)
+        key = structure, index.shape, tuple(leaf.shape for leaf in leaves)
         groups.setdefault(key, []).append((leaves, index, unit))
     stacked = []
     for key in sorted(groups, key=str):

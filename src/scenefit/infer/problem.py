@@ -102,17 +102,17 @@ class Priors(eqx.Module):
     ----------
     distribution : numpyro distribution
         The leaves of `n` distributions of one structure, stacked along a first axis.
-    index : array of int, shape (n, k)
+    index : array of int, shape (n, *parameter)
         Elements of the parameter that each is for.
-    unit : array, shape (n, k)
+    unit : array, shape (n, *parameter)
         Their units.
     counts : array of bool, shape (n,)
         False for padding.
     """
 
     distribution: dist.Distribution
-    index: Int[Array, "n k"]
-    unit: Float[Array, "n k"]
+    index: Int[Array, "n *k"]
+    unit: Float[Array, "n *k"]
     counts: Bool[Array, " n"]
 
     def log_prob(self, elements: Float[Array, " e"]) -> Float[Array, ""]:

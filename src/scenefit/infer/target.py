@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_booleans, as_floats, compiled
-from scenefit.infer.dense import Coordinates, hessian
+from scenefit.infer.dense import Coordinates, hessian, is_mapped
 from scenefit.infer.problem import Problem, State, smooth_range
 
 NEWTON_STEPS, LONGEST_STEP, SMALL_STEP = 3, 1.0, 0.05
@@ -36,6 +36,8 @@ class Target(eqx.Module):
         The free coordinates.
     own : array of bool, shape (e,)
         Elements that count in the volume of the parameters: free and not tied to another.
+    low, high : arrays, shape (m,)
+        Bounds of the coordinates that keep their own values.
     softness : array, shape (m,)
         The widths s; 0 without bounds.
     center : array, shape (m,)
@@ -47,13 +49,15 @@ class Target(eqx.Module):
     state: State
     index: Int[Array, " m"]
     own: Bool[Array, " e"]
+    low: Float[Array, " m"]
+    high: Float[Array, " m"]
     softness: Float[Array, " m"]
     center: Float[Array, " m"]
     root: Float[Array, "m m"]
 
     def vector(self, free: Float[Array, " m"]) -> Float[Array, " n"]:
         """Return the problem's coordinates from free ones u."""
-        return self.state.vector.at[self.index].set(_bounded(free, *self._bounds(), self.softness))
+        return self.state.vector.at[self.index].set(_bounded(free, self.low, self.high, self.softness))
 
     def unwhitened(self, white: Float[Array, " m"]) -> Float[Array, " m"]:
         """Return the free coordinates u from whitened ones."""
@@ -62,7 +66,7 @@ class Target(eqx.Module):
     def log_density(self, free: Float[Array, " m"]) -> Float[Array, ""]:
         """Return the log-density of u, up to a constant that doesn't depend on the parameters."""
         vector = self.vector(free)
-        low, high = self._bounds()
+        low, high = self.low, self.high
         ones = jnp.ones_like(free)
         steepness = jax.jvp(lambda u: _bounded(u, low, high, self.softness), (free,), (ones,))[1]
         loss = self.problem.loss(State(vector, self.state.images))
@@ -75,9 +79,6 @@ class Target(eqx.Module):
     def elements(self, white: Float[Array, " m"]) -> Float[Array, " e"]:
         """Return the values of all parameters."""
         return self.problem.elements(self.vector(self.unwhitened(white)))
-
-    def _bounds(self):
-        return self.problem.lowest.vector[self.index], self.problem.highest.vector[self.index]
 
     def _log_volume(self, vector):
         """Return the logarithm of the derivative of the parameters with respect to the problem's coordinates."""
@@ -119,7 +120,9 @@ def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> 
     index = np.asarray(coordinates.index)
     scale = _checked_scale(gauss_newton)
     sigma = np.sqrt(np.diag(_inverse(gauss_newton, scale)))
-    low, high = (np.asarray(bound.vector, float)[index] for bound in (problem.lowest, problem.highest))
+    mapped = is_mapped(problem)[index]
+    low = np.where(mapped, -np.inf, np.asarray(problem.lowest.vector, float)[index])
+    high = np.where(mapped, np.inf, np.asarray(problem.highest.vector, float)[index])
     value = np.asarray(state.vector, dtype=float)[index]
     is_bounded = np.isfinite(low) | np.isfinite(high)
     softness = np.where(is_bounded, sigma, 0.0)
@@ -132,6 +135,8 @@ def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> 
         state=state,
         index=coordinates.index,
         own=as_booleans(own),
+        low=as_floats(low),
+        high=as_floats(high),
         softness=as_floats(softness),
         center=as_floats(free),
         root=as_floats(root),

@@ -11,11 +11,15 @@ from astropy.table import QTable
 from scenefit.infer import posterior
 from scenefit.infer.fit import FitResult
 from scenefit.infer.laplace import marginal_covariance, vector_covariance
+from scenefit.model.morphology import parameter_values
 from scenefit.model.packing import component_box
 from scenefit.sky import units
 from scenefit.sky.frame import Channel
 from scenefit.survey.measure import Flag, measure_shapes
 
+BOUND_MARGIN, SMALLEST_RADIUS = 0.01, 1e-3
+"""A parameter is at the end of its range within this fraction of it; one with a lower bound alone (a radius, in pixels) within
+this distance."""
 UNRESOLVED = 0.03
 """Second moment along the major axis, in model pixels squared, below which a source has no axis ratio or angle."""
 
@@ -175,6 +179,20 @@ def _sky_shapes(shapes, frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return radius, ratio, angle
 
 
+def _is_at_bound(component, path, result: FitResult) -> bool:
+    """Return whether a free shape parameter is at the end of its range, or a radius has gone to nothing."""
+    for name, value in parameter_values(component.morphology).items():
+        parameter = result.parameters.table[f"{path}.morphology.{name}"]
+        if not parameter.free or name in ("image", "amplitudes"):
+            continue
+        low = getattr(parameter.constraint, "lower_bound", -np.inf)
+        high = getattr(parameter.constraint, "upper_bound", np.inf)
+        margin = BOUND_MARGIN * (high - low) if np.isfinite(high - low) else SMALLEST_RADIUS
+        if np.any(np.asarray(value) < low + margin) or np.any(np.asarray(value) > high - margin):
+            return True
+    return False
+
+
 def _flags(result: FitResult, flux, error) -> np.ndarray:
     """Return the flags of every source."""
     frame = result.scene.frame
@@ -184,6 +202,8 @@ def _flags(result: FitResult, flux, error) -> np.ndarray:
         inner = frame.box.grow(-1)
         if any(inner.intersection(box).shape != box.shape for box in boxes):
             flags[n] |= Flag.EDGE
+        if any(_is_at_bound(part, path, result) for path, part in source.components(f"sources.{name}")):
+            flags[n] |= Flag.AT_BOUND
     flags[~np.isfinite(flux).all(axis=1)] |= Flag.NO_DATA
     flags[(np.isfinite(flux) & (flux <= 0)).any(axis=1)] |= Flag.ZERO_FLUX
     flags[~(np.nan_to_num(flux) > 0).any(axis=1)] |= Flag.VANISHED

@@ -39,7 +39,7 @@ n = 0.5, 4e-6 for n >= 1; surface brightnesses to 6e-4 and 2e-5."""
 BISECTIONS = 20
 """Halvings of that step before a radius counts as found."""
 MAX_NODES = 1024
-"""With so many angles a part is found as far from the centre as 200 widths of the PSF."""
+"""With so many angles a part is found as far from the centre as a hundred widths of the PSF."""
 _FAINTEST = float(np.finfo(float).tiny)
 _BATCH = 20
 _CHUNK = 4_000_000
@@ -270,16 +270,19 @@ def convolved_light(
     variances, axes = np.linalg.eigh(moments)
     shift = np.einsum("dpgji,dpj->dpgi", axes, np.einsum("dpij,dj->dpi", inverse, offset))
     is_centered = not offset.any()
-    # Trapezoids converge as exp(-nodes^2 / width^2): 1e-6 where a Gaussian's width, seen from the centre, takes five of them.
+    # Sums over evenly spaced angles are exact once a step is narrower than what is summed: than the arc of an oval that the
+    # narrowest Gaussian is, or than its width as seen from the centre.
     narrowest = np.sqrt(variances[..., 0].min())
     flattening = np.sqrt(np.max(variances[..., 1] / variances[..., 0]))
-    wanted = 6 * flattening if is_centered else max(24 * flattening, 32 * np.abs(shift).max() / narrowest)
+    wanted = 6 * flattening if is_centered else max(24 * flattening, 8 * np.abs(shift).max() / narrowest)
     nodes = int(min(MAX_NODES, 2 ** np.ceil(np.log2(max(wanted, 8)))))
     angle = (0.5 * np.pi if is_centered else 2 * np.pi) * (np.arange(nodes) + 0.5) / nodes
     count = radius.shape[0] * radius.shape[1]
-    rows = [np.reshape(each, (count, *each.shape[2:])) for each in (radius, variances, shift, weights)]
-    density, growth = _gaussians(*(as_floats(row) for row in rows), as_floats(angle))
-    return tuple(np.asarray(each, dtype=float).reshape(radius.shape) for each in (density, growth))
+    radius_rows, *rows = (
+        as_floats(np.reshape(each, (count, *each.shape[2:]))) for each in (radius, variances, shift, weights)
+    )
+    density, growth = _gaussians(radius_rows, rows[0], rows[1], rows[2], as_floats(angle))
+    return np.asarray(density, float).reshape(radius.shape), np.asarray(growth, float).reshape(radius.shape)
 
 
 # Not `compiled`: its options double the run time, which counts more here.

@@ -33,6 +33,8 @@ class Flag(enum.IntFlag):
     """The flux is at its lower bound in at least one channel that has data."""
     VANISHED = 16
     """No light is left in any channel: shape and position are meaningless."""
+    AT_BOUND = 32
+    """A shape parameter is at the end of its range, such as the largest Sersic index: it isn't measured."""
 
 
 class Shape(eqx.Module):

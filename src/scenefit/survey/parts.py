@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
+from typing import cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scenefit.infer.fit import FitResult
 from scenefit.infer.sample import Posterior
 from scenefit.model.morphology import (
     AbstractRingMorphology,
@@ -22,6 +25,7 @@ from scenefit.model.morphology import (
 )
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
+from scenefit.sky.frame import Channel
 from scenefit.survey.ellipses import (
     TABLE_STEP,
     AbstractLight,
@@ -90,13 +94,12 @@ class Part(eqx.Module):
         for width in np.unique(widths[np.isfinite(widths)]):
             channels = np.flatnonzero(widths == width)
             planes = channels if ellipticity.shape[1] > 1 else [0]
-            light, *shapes = (
-                jax.tree.map(lambda each, planes=planes: each[:, planes], array)
-                for array in (self.light, radius, ellipticity, self.ellipticity)
+            light = jax.tree.map(lambda each, planes=planes: each[:, planes], self.light)
+            shape, own_shape, offset = self._placed(center, ellipticity)
+            convolved[:, :, channels] = convolved_light(
+                light, radius[:, planes], shape[:, planes], own_shape[:, planes], offset, float(width)
             )
-            offset = self._placed(center, ellipticity)[-1]
-            convolved[:, :, channels] = convolved_light(light, *shapes, offset, float(width))
-        return RadialLight(self.flux, density, growth, *(flux * convolved))
+        return RadialLight(self.flux, density, growth, flux * convolved[0], flux * convolved[1])
 
     def _placed(self, center, ellipticity):
         """Return the shape of the ellipses, the part's own, and its place relative to their centre."""
@@ -104,8 +107,16 @@ class Part(eqx.Module):
         return ellipticity, self.ellipticity, np.where(np.abs(offset).max() > SAME_CENTER, offset, 0.0)
 
 
-def part_of(fitted, channels, path, component: Source, planes: int) -> Part:
-    """Return a component with the values of all draws, or of the fit."""
+def part_of(
+    fitted: FitResult | Posterior, channels: tuple[Channel, ...], path: str, component: Source, planes: int
+) -> Part:
+    """Return a component with the values of all draws, or of the fit, in one plane for all channels or in one for each.
+
+    Raises
+    ------
+    ValueError
+        If its light isn't a sum of rings.
+    """
     morphology = component.morphology
     if not isinstance(morphology, AbstractRingMorphology):
         raise ValueError(
@@ -124,8 +135,8 @@ def part_of(fitted, channels, path, component: Source, planes: int) -> Part:
         link, each = links(morphology).get(name), drawn(f"morphology.{name}", value)
         each = each[:, None] if link is None else np.einsum("ck,dk...->dc...", link.basis(channels), each)
         values[name] = np.broadcast_to(each, (count, planes, *each.shape[2:]))
-    plain = with_arrays(morphology)
-    shape = np.asarray(with_parameter_values(plain, values).shape, dtype=float)
+    plain = cast(AbstractRingMorphology, with_arrays(morphology))
+    shape = np.asarray(_with(plain, values).shape, dtype=float)
     index = component.spectrum.layout(channels)
     flux = np.where(index >= 0, drawn("spectrum.flux", component.spectrum.flux)[:, np.maximum(index, 0)], 0.0)
     return Part(
@@ -144,7 +155,7 @@ def _light(morphology: AbstractRingMorphology, values, axes: tuple[int, int]) ->
     # Every draw and plane is a row; a morphology without parameters has one for all.
     flat = {name: jnp.asarray(value.reshape(-1, *value.shape[2:])) for name, value in values.items()}
     count = len(next(iter(flat.values()))) if flat else 1
-    rings = jax.vmap(lambda own: with_parameter_values(morphology, own).rings(_NUM_RINGS), axis_size=count)(flat)
+    rings = jax.vmap(lambda own: _with(morphology, own).rings(_NUM_RINGS), axis_size=count)(flat)
     sigmas, weights = (np.asarray(each, dtype=float) for each in rings)
     if not flat:
         return RingLight(
@@ -153,8 +164,19 @@ def _light(morphology: AbstractRingMorphology, values, axes: tuple[int, int]) ->
     return RingLight(sigmas.reshape(*axes, -1), weights.reshape(*axes, -1))
 
 
+def _with(morphology: AbstractRingMorphology, values) -> AbstractRingMorphology:
+    """Return a morphology without links with other parameters."""
+    return cast(AbstractRingMorphology, with_parameter_values(morphology, values))
+
+
 def find_components(scene: Scene, base: str) -> dict[str, Source]:
-    """Return the components of a source, or of a part of one, by path."""
+    """Return the components of a source, or of a part of one, by path.
+
+    Raises
+    ------
+    KeyError
+        If there are none, with the nearest names.
+    """
     known = dict(scene.components())
     found = {path: each for path, each in known.items() if path == base or path.startswith(f"{base}.")}
     if not found:
@@ -165,7 +187,7 @@ def find_components(scene: Scene, base: str) -> dict[str, Source]:
     return found
 
 
-def common_ellipses(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
+def common_ellipses(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
     """Return centre, shape (draw, 2), and ellipticity, shape (draw, plane, 2), of the ellipses of a whole."""
     extended = [part for part in parts if not part.is_point] or parts
     fluxes = np.clip([part.flux for part in extended], 0.0, None)
@@ -178,7 +200,7 @@ def common_ellipses(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
     return center, ellipticity
 
 
-def table_radii(parts: list[Part], center, ellipticity, axes) -> np.ndarray:
+def table_radii(parts: Sequence[Part], center, ellipticity, axes) -> np.ndarray:
     """Return logarithms of circularised radii from within all structure to beyond nearly all light."""
     radii = [radius for part in parts for radius in part.light.extent()]
     offsets = [float(np.abs(part.center - center).max()) for part in parts]
@@ -191,7 +213,7 @@ def table_radii(parts: list[Part], center, ellipticity, axes) -> np.ndarray:
     return np.log(low) + TABLE_STEP * np.arange(-1, steps + 2)
 
 
-def default_radii(tables, parts: list[Part], ellipticity) -> np.ndarray:
+def default_radii(tables: Sequence[GrowthTable], parts: Sequence[Part], ellipticity) -> np.ndarray:
     """Return radii for the half-light radii, to within a step of the tables, of the components."""
     sizes = []
     for table, part in zip(tables, parts, strict=True):

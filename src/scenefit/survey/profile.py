@@ -234,6 +234,11 @@ class Profile(eqx.Module):
             channel; flux, mag, axis_ratio, r20, r50, r80, r90, petrosian_radius, isophotal_radius (if asked for) [arcsec, or
             pix without a WCS], C80_20, C90_50. For a posterior these are medians, and NAME_minus and NAME_plus the distances
             to the 16 and 84 % quantiles; draws in which a value is NaN don't count.
+
+        Raises
+        ------
+        ValueError
+            If an isophotal radius is asked for without zeropoints and WCS.
         """
         has_sky = np.isfinite(self.pixel_scale)
         length, scale = (u.arcsec, self.pixel_scale) if has_sky else (u.pix, 1.0)
@@ -360,12 +365,8 @@ def profile(
     Notes
     -----
     Without a PSF, Sersic profiles are exact on their own ellipses. Convolved ones are those of the Gaussians by which models
-    are rendered (`scenefit.arrays.profiles`), good to 1e-4 of the central surface brightness.
-
-    Examples
-    --------
-    >>> profile = sf.profile(posterior, "host", observation="HST")  # doctest: +SKIP
-    >>> profile.summary()["r50", "r50_minus", "r50_plus"]  # doctest: +SKIP
+    are rendered (`scenefit.arrays.profiles`): good to 1e-5 of the central surface brightness for indices from 1 to 6, to 1e-3 for
+    0.5, so that the faint outskirts of such a profile, beyond three half-light radii, mean nothing.
     """
     if not isinstance(fitted, FitResult | Posterior):
         raise TypeError(f"A profile is made from a FitResult or a Posterior; got a {type(fitted).__name__}.")
