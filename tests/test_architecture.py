@@ -36,7 +36,19 @@ ORDER = {
         "sample",
     ],
     "survey": ["measure", "ellipses", "parts", "profile", "priors", "catalog", "initialize"],
-    "app": ["fitsfile", "color", "panels", "profileplot", "plot", "serialization", "io", "datasets", "config", "pipeline", "cli"],
+    "app": [
+        "fitsfile",
+        "color",
+        "panels",
+        "profileplot",
+        "plot",
+        "serialization",
+        "io",
+        "datasets",
+        "config",
+        "pipeline",
+        "cli",
+    ],
 }
 RANK = {f"{folder}.{name}": n for n, (folder, name) in enumerate((f, m) for f, ms in ORDER.items() for m in ms)}
 APP_ONLY = {"matplotlib", "huggingface_hub", "asdf", "typer"}

@@ -553,7 +553,7 @@ class TestWriteImages:
     def test_large_scenes_are_cut_to_their_sources(self, tmp_path, fitted, monkeypatch):
         scene, observations = fitted
         monkeypatch.setattr(io, "MAX_SOURCE_BYTES", 100)
-        small = scene.with_sources(host=Source((8.0, 9.0), [1.0, 2.0, 3.0], GaussianMorphology(0.3)))
+        small = scene.with_sources(host=Source((2.0, 3.0), [1.0, 2.0, 3.0], GaussianMorphology(0.3)))
         write_images(tmp_path / "images.fits", small, observations)
         whole = small.evaluate(["host"])
         with fits.open(tmp_path / "images.fits") as hdus:

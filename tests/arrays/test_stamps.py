@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scenefit.arrays.stamps import BUCKET_RATIO, add_stamps, bucket_count, bucket_size, gather_stamps
+from scenefit.arrays.stamps import BUCKET_RATIO, add_stamps, bucket_count, bucket_size
 
 ARGUMENTS = ("canvas", "spectra", "stamps")
 SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations(range(3), count)]
@@ -111,18 +111,6 @@ def test_the_program_does_not_grow_with_the_number_of_stamps():
         return len(str(jax.make_jaxpr(gradient)(*given)).splitlines())
 
     assert program(3) == program(64)
-
-
-def test_gather_is_the_transpose_of_adding(arguments, rng, eps):
-    *_, stamps, origins = arguments
-    canvas = rng.normal(size=(9, 11))
-    gathered = gather_stamps(*as_jax([canvas]), jnp.asarray(origins), stamps.shape[2:])
-    for window, (y, x) in zip(gathered, origins, strict=True):
-        # eps: the conversion of the canvas to JAX's precision.
-        np.testing.assert_allclose(window, canvas[y : y + 3, x : x + 5], rtol=eps)
-    image = dense(np.zeros((1, 9, 11)), np.ones((4, 1)), stamps, origins)[0]
-    # 100 eps: sums of 99 and 60 products of order one.
-    assert (image * canvas).sum() == pytest.approx(float((stamps[:, 0] * gathered).sum()), abs=100 * eps)
 
 
 def test_bucket_sizes_are_odd_large_enough_and_not_wasteful():

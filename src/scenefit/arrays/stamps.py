@@ -1,4 +1,4 @@
-"""Stamps on a canvas: add many small images to a large one, and gather them back.
+"""Stamps on a canvas: add many small images to a large one.
 
 One loop over the stamps, each step a block of memory; neither compile time nor memory grows with their number.
 """
@@ -141,10 +141,3 @@ def _backward(given, shape):
         return ((cotangent,) if given[0] else ()) + moved
 
     return backward
-
-
-def gather_stamps(
-    canvas: Float[Array, "y x"], origins: Int[Array, "stamp 2"], shape: tuple[int, int]
-) -> Float[Array, "stamp h w"]:
-    """Return the windows of `shape` of the canvas that start at `origins`."""
-    return jax.vmap(lambda origin: lax.dynamic_slice(canvas, (origin[0], origin[1]), shape))(origins)
