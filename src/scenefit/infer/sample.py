@@ -33,7 +33,7 @@ class Posterior(eqx.Module):
     Attributes
     ----------
     draws : dict of array
-        By path, shape (chain, draw, *parameter): values in the units of the parameters.
+        By path, shape (chain, draw, ...): values in the units of the parameters.
     log_density : array, shape (chain, draw)
         Of the posterior, up to a constant; NaN where it wasn't computed.
     method : str
@@ -57,7 +57,7 @@ class Posterior(eqx.Module):
     timing: dict[str, float]
 
     def __getitem__(self, path: str) -> np.ndarray:
-        """Return the draws of a parameter, chains joined: shape (draw, *parameter)."""
+        """Return the draws of a parameter, chains joined: shape (draw, ...)."""
         if path not in self.draws:
             raise KeyError(f"No draws of {path!r}; there are {', '.join(self.draws)}.")
         values = self.draws[path]

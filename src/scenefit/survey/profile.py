@@ -266,7 +266,7 @@ class Profile(eqx.Module):
         -------
         QTable
             radius [arcsec, or pix without a WCS]; surface_brightness [mag / arcsec2, or flux / pix2 without zeropoints or WCS];
-            curve_of_growth; both after convolution (convolved_...), if there is a PSF; with NAME_minus and NAME_plus as in
+            curve_of_growth; both after convolution (`convolved_NAME`), if there is a PSF; with `NAME_minus` and `NAME_plus` as in
             `summary`.
 
         Raises
