@@ -186,7 +186,29 @@ class GaussianMorphology(AbstractRingMorphology):
         return _stamp_radius(self.half_light_radius, 0.5, self.ellipticity, psf_sigma, CORE_FLUX_TOLERANCE)
 
 
-class SersicMorphology(AbstractRingMorphology):
+class AbstractSersicMorphology(AbstractRingMorphology):
+    """A Sersic profile of some index."""
+
+    half_light_radius: eqx.AbstractVar[np.ndarray | Array | AbstractLink]
+    ellipticity: eqx.AbstractVar[np.ndarray | Array | AbstractLink]
+
+    @property
+    @abstractmethod
+    def index(self):
+        """Sersic index."""
+
+    def rings(self, count):  # noqa: D102
+        return profiles.ring_sigmas(count), profiles.sersic_weights(self.index, self.half_light_radius, count)
+
+    @property
+    def shape(self):  # noqa: D102
+        return self.ellipticity
+
+    def radius(self, psf_sigma: float) -> float:  # noqa: D102
+        return _stamp_radius(self.half_light_radius, self.index, self.ellipticity, psf_sigma)
+
+
+class SersicMorphology(AbstractSersicMorphology):
     """A Sersic profile, `I(r) ~ exp(-b (r / half_light_radius)^(1/n))` on ellipses.
 
     Parameters
@@ -224,18 +246,12 @@ class SersicMorphology(AbstractRingMorphology):
         self.sersic_index = _as_array(sersic_index, ())
         self.ellipticity = _as_array(ellipticity, (2,))
 
-    def rings(self, count):  # noqa: D102
-        return profiles.ring_sigmas(count), profiles.sersic_weights(self.sersic_index, self.half_light_radius, count)
-
     @property
-    def shape(self):  # noqa: D102
-        return self.ellipticity
-
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
-        return _stamp_radius(self.half_light_radius, self.sersic_index, self.ellipticity, psf_sigma)
+    def index(self):  # noqa: D102
+        return self.sersic_index
 
 
-class ExponentialMorphology(AbstractRingMorphology):
+class ExponentialMorphology(AbstractSersicMorphology):
     """An exponential disk: a Sersic profile of index 1. Parameters as in `SersicMorphology`."""
 
     half_light_radius: np.ndarray | Array | AbstractLink
@@ -246,18 +262,12 @@ class ExponentialMorphology(AbstractRingMorphology):
         self.half_light_radius = _as_array(half_light_radius, ())
         self.ellipticity = _as_array(ellipticity, (2,))
 
-    def rings(self, count):  # noqa: D102
-        return profiles.ring_sigmas(count), profiles.sersic_weights(1.0, self.half_light_radius, count)
-
     @property
-    def shape(self):  # noqa: D102
-        return self.ellipticity
-
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
-        return _stamp_radius(self.half_light_radius, 1.0, self.ellipticity, psf_sigma)
+    def index(self):  # noqa: D102
+        return 1.0
 
 
-class DeVaucouleursMorphology(AbstractRingMorphology):
+class DeVaucouleursMorphology(AbstractSersicMorphology):
     """A de Vaucouleurs bulge: a Sersic profile of index 4. Parameters as in `SersicMorphology`."""
 
     half_light_radius: np.ndarray | Array | AbstractLink
@@ -268,15 +278,9 @@ class DeVaucouleursMorphology(AbstractRingMorphology):
         self.half_light_radius = _as_array(half_light_radius, ())
         self.ellipticity = _as_array(ellipticity, (2,))
 
-    def rings(self, count):  # noqa: D102
-        return profiles.ring_sigmas(count), profiles.sersic_weights(4.0, self.half_light_radius, count)
-
     @property
-    def shape(self):  # noqa: D102
-        return self.ellipticity
-
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
-        return _stamp_radius(self.half_light_radius, 4.0, self.ellipticity, psf_sigma)
+    def index(self):  # noqa: D102
+        return 4.0
 
 
 class MultiGaussianMorphology(AbstractRingMorphology):
