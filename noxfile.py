@@ -22,14 +22,18 @@ NO_WINDOW = {"MPLBACKEND": "Agg"}
 # Scripts of benchmarks/ that measure nothing: run only when named.
 NO_BENCH = ("make_demo_field",)
 # What each benchmark compares with, in an environment of its own.
-SCARLET2 = ("scarlet2==0.5.1",)
+ASTROPHOT, PYSERSIC, SCARLET2 = ("astrophot==0.18.0", "torch"), ("pysersic==0.1.5",), ("scarlet2==0.5.1",)
 PEERS = {
-    "linked_bands": ("pysersic==0.1.5",),
+    "joint_images": ASTROPHOT,
+    "linked_bands": PYSERSIC,
+    "multi_gaussian": ("imcascade==1.1",),
     "real_pair": SCARLET2,
     "rendering": SCARLET2,
     "scaling": SCARLET2,
-    "stamps": ("astrophot==0.18.0", "torch"),
+    "stamps": ASTROPHOT,
 }
+# Second peers, by the option of the benchmark that takes their Python.
+SECOND_PEERS = {"stamps": {"--pysersic-python": PYSERSIC}}
 
 
 def pinned(tool: str) -> str:
@@ -137,6 +141,9 @@ def bench(session: nox.Session) -> None:
         more = []
         if name in PEERS and (options.peers or options.peer_python):
             more = ["--peer-python", options.peer_python or make_peer(session, PEERS[name])]
+        if options.peers:
+            for option, requirements in SECOND_PEERS.get(name, {}).items():
+                more += [option, make_peer(session, requirements)]
         session.run("python", str(scripts[name]), *more, *arguments, env=NO_WINDOW)
 
 

@@ -1,10 +1,12 @@
-"""Many stamps of single Sersic galaxies: seconds a galaxy, bias and pulls, beside AstroPhot's Levenberg-Marquardt.
+"""Many stamps of single Sersic galaxies: seconds a galaxy, bias and pulls, beside AstroPhot and pysersic.
 
-    python benchmarks/stamps.py [--number 1000] [--peer-number 32] [--peer-python PYTHON] [--json]
+    python benchmarks/stamps.py [--number 1000] [--peer-number 32] [--peer-python PYTHON] [--pysersic-python PYTHON] [--json]
 
 GalSim draws stamps of 64 x 64 pixels: PSF a Gaussian of FWHM 3.5 pixels, n 0.7 to 4, semi-major half-light radius 2 to 6
 pixels, axis ratio 0.3 to 1, matched-filter signal-to-noise ratio 100. Starts are the flux and centroid of the stamp, a
 radius of 3 pixels and n = 1.5. The time of `fit_many` counts packing and results; it runs twice, the first time with compilation.
+`--peer-python` runs AstroPhot's Levenberg-Marquardt and `--pysersic-python` pysersic's search for the maximum of the posterior,
+on the first `--peer-number` stamps, each with its own start.
 """
 
 import argparse
@@ -94,11 +96,35 @@ def judge(results, truth):
     return {name: robust(v) for name, v in deviations.items()}, {name: robust(v) for name, v in pulls.items()}
 
 
+def run_peer(python, script, stamps, kernel):
+    """Return what a script of peers/ prints for some stamps."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stamps.npz"
+        np.savez(path, stamps=stamps, psf=kernel)
+        command = [python, "-W", "ignore", str(Path(__file__).parent / "peers" / script), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare_pysersic(first, second, peer, truth):
+    """Print pysersic's seconds and errors; the first stamp, with which it starts up, doesn't count."""
+    whole, compiled = (np.array(peer[name][1:]) for name in ("seconds", "compile_s"))
+    alone, together = float(np.median(whole - compiled)), float(np.median(whole))
+    print(
+        f"pysersic: {1e3 * together:.0f} ms a galaxy (median), {1e3 * alone:.0f} ms without compilation; ours "
+        f"{second / alone:.4f} of the latter, and with compilation on both sides {first / together:.4f}"
+    )
+    magnitude = -2.5 * np.log10(np.array(peer["flux"]) / truth["flux"][: len(peer["flux"])])
+    index = np.array(peer["n"]) / truth["n"][: len(peer["n"])] - 1
+    print(f"its median errors: {np.median(magnitude):.4f} mag, {100 * np.median(index):.2f} % of n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=1000)
     parser.add_argument("--peer-number", type=int, default=32)
     parser.add_argument("--peer-python")
+    parser.add_argument("--pysersic-python")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     stamps, kernel, truth = simulate(options.number)
@@ -112,17 +138,15 @@ def main():
         for name, (middle, scatter) in table.items():
             print(f"{title} of {name:10s} median {middle:8.4f}, scatter {scatter:.4f}")
     record = {"first_s": first, "second_s": second, "deviations": deviations, "pulls": pulls}
+    few = stamps[: options.peer_number], kernel
     if options.peer_python:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "stamps.npz"
-            np.savez(path, stamps=stamps[: options.peer_number], psf=kernel)
-            script = Path(__file__).parent / "peers" / "astrophot_stamps.py"
-            command = [options.peer_python, "-W", "ignore", str(script), str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
-        record["astrophot"] = peer = json.loads(done.stdout.strip().splitlines()[-1])
+        record["astrophot"] = peer = run_peer(options.peer_python, "astrophot_stamps.py", *few)
         print(
             f"AstroPhot: {1e3 * peer['seconds']:.0f} ms a galaxy (median); ours {second / peer['seconds']:.3f} of that"
         )
+    if options.pysersic_python:
+        record["pysersic"] = peer = run_peer(options.pysersic_python, "pysersic_stamps.py", *few)
+        compare_pysersic(first, second, peer, truth)
     if options.json:
         print(json.dumps(record))
 

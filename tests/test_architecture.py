@@ -13,19 +13,25 @@ ROOT = Path(scenefit.__file__).parent
 
 # Folders from left to right, and the modules of each in the order in which they may import one another.
 ORDER = {
-    "arrays": ["box", "compilation", "linear", "fourier", "stamps", "profiles"],
+    "arrays": ["box", "compilation", "linear", "fourier", "stamps", "starlet", "profiles"],
     "sky": ["units", "psf", "mixture", "frame"],
     "data": ["noise", "renderer", "observation"],
-    "model": ["parameters", "link", "spectrum", "morphology", "source", "packing", "scene"],
+    "model": ["parameters", "link", "spectrum", "morphology", "starlet", "source", "packing", "scene"],
     "infer": [
         "progress",
         "problem",
         "posterior",
+        "inverse",
         "quadratic",
         "descent",
+        "footprints",
+        "information",
         "dense",
         "solvers",
         "fit",
+        "rings",
+        "truncated",
+        "linear",
         "batch",
         "errors",
         "laplace",
@@ -35,7 +41,7 @@ ORDER = {
         "guides",
         "sample",
     ],
-    "survey": ["measure", "ellipses", "parts", "profile", "priors", "catalog", "initialize"],
+    "survey": ["measure", "ellipses", "parts", "profile", "average", "priors", "catalog", "initialize"],
     "app": [
         "fitsfile",
         "color",

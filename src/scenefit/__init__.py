@@ -9,6 +9,7 @@ from scenefit.infer.batch import fit_many
 from scenefit.infer.diagnostics import PosteriorStatus
 from scenefit.infer.errors import parameter_errors
 from scenefit.infer.fit import FitResult, Status, fit
+from scenefit.infer.rings import ring_prior
 from scenefit.infer.sample import Posterior, sample
 from scenefit.model import link
 from scenefit.model.morphology import (
@@ -24,10 +25,12 @@ from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import ArraySpectrum, StaticSpectrum, TransientSpectrum
+from scenefit.model.starlet import StarletMorphology
 from scenefit.sky.frame import Frame
 from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import GaussianPSF, ImagePSF
 from scenefit.survey import priors
+from scenefit.survey.average import average_profiles, evidence_weights
 from scenefit.survey.catalog import catalog, offset_errors
 from scenefit.survey.initialize import initialize
 from scenefit.survey.profile import Profile, profile
@@ -57,13 +60,16 @@ __all__ = [
     "Scene",
     "SersicMorphology",
     "Source",
+    "StarletMorphology",
     "StaticSpectrum",
     "Status",
     "StudentTNoise",
     "TransientSpectrum",
     "WhiteNoise",
+    "average_profiles",
     "catalog",
     "datasets",
+    "evidence_weights",
     "fit",
     "fit_many",
     "initialize",
@@ -76,6 +82,7 @@ __all__ = [
     "profile",
     "read_catalog",
     "read_observations",
+    "ring_prior",
     "sample",
     "save",
 ]

@@ -8,6 +8,7 @@ from scenefit.arrays.compilation import compiled
 from scenefit.data.observation import Observation
 from scenefit.infer import dense, posterior
 from scenefit.infer.fit import Status, fit
+from scenefit.infer.information import information
 from scenefit.infer.problem import State
 from scenefit.model import link
 from scenefit.model.morphology import GaussianMorphology, MultiGaussianMorphology, PointMorphology, SersicMorphology
@@ -57,23 +58,59 @@ def observed(noise=0.0):
     return [make_observation(band, image).match(scene.frame) for band, image in zip(BANDS, images, strict=True)]
 
 
-def test_the_jacobian_equals_finite_differences():
-    scene, observations = make_scene(0.9), observed()
-    problem, state, _ = posterior.build(scene, observations, make_parameters(scene, observations))
-    coordinates = dense.free_coordinates(problem)
-    assert coordinates is not None
-    rows = np.asarray(compiled(dense.jacobian)(problem, state, coordinates), float)
+STEP = 1e-4
+"""Of finite differences, in double precision."""
+
+
+def finite_differences(problem, state, index):
+    """Derivatives of all residuals along coordinates, shape (m, pixel), by differences."""
     residuals = compiled(lambda p, s: jnp.concatenate([r.ravel() for r in jax.tree.leaves(p.residuals(s))]))
-    index = np.asarray(coordinates.index)
-    assert sorted(index) == sorted(np.nonzero(np.asarray(problem.free.vector))[0])
-    for row, number in zip(rows, index, strict=True):
-        ends = [
-            np.asarray(residuals(problem, State(state.vector.at[number].add(sign * 1e-2), ())), float)
-            for sign in (1, -1)
-        ]
-        slope = (ends[0] - ends[1]) / 2e-2
-        # 1e-3: third derivatives times the squared step; 0.02: rounding in float32, 1e-5 of residuals of 10, over the step.
-        np.testing.assert_allclose(row, slope, atol=1e-3 * np.abs(slope).max() + 0.02)
+    ends = [
+        [residuals(problem, State(state.vector.at[n].add(sign * STEP), ())) for sign in (1, -1)]
+        for n in np.asarray(index)
+    ]
+    return np.array([np.asarray(a, float) - np.asarray(b, float) for a, b in ends]) / (2 * STEP)
+
+
+def test_the_information_is_that_of_finite_differences():
+    with jax.enable_x64(True):
+        scene, observations = make_scene(0.9), observed()
+        problem, state, layout = posterior.build(scene, observations, make_parameters(scene, observations))
+        where = dense.dense_footprints(problem, layout, scene, observations)
+        assert where is not None
+        assert sorted(np.asarray(where.index)) == sorted(np.nonzero(np.asarray(problem.free.vector))[0])
+        rows = finite_differences(problem, state, where.index)
+        found = np.asarray(compiled(information)(problem, state, where))
+    scale = np.linalg.norm(rows, axis=1)
+    # 1e-6: third derivatives times the squared step.
+    np.testing.assert_allclose(found / np.outer(scale, scale), rows @ rows.T / np.outer(scale, scale), atol=1e-6)
+
+
+def test_sources_far_apart_are_differentiated_together():
+    """Four galaxies in a row: two colors, and only neighbours overlap."""
+    shape = (40, 160)
+    frame = Frame(shape, channels=["g"], padding=10)
+    morphology = SersicMorphology(1.5, 1.0, (0.2, 0.1))
+    sources = {str(n): Source((18.0 + n, 20.0 + 40 * n), [20.0 + n], morphology) for n in range(4)}
+    scene = Scene(frame, sources)
+    with jax.enable_x64(True):
+        blank = Observation(np.zeros(shape), sigma=0.01, psf=GaussianPSF(1.3), channels=["g"], name="g").match(frame)
+        parameters = Parameters.default(scene, [blank]).free("observations.g.background")
+        problem, state, layout = posterior.build(scene, [blank], parameters)
+        exact, cores = (dense.dense_footprints(problem, layout, scene, [blank], cores=c) for c in (False, True))
+        assert exact is not None
+        assert cores is not None
+        assert int(cores.num_colors) == 2
+        assert int(cores.pairs[0].count) == 4 + 3
+        rows = finite_differences(problem, state, exact.index)
+        found, approximate = (np.asarray(compiled(information)(problem, state, where)) for where in (exact, cores))
+    scale, expected = np.linalg.norm(rows, axis=1), rows @ rows.T
+    # 2e-4: beyond its extent a PSF is below 1e-4 of its peak.
+    np.testing.assert_allclose(found / np.outer(scale, scale), expected / np.outer(scale, scale), atol=2e-4)
+    lost = np.linalg.eigvalsh((expected - approximate) / np.outer(scale, scale))
+    # What the outskirts add to the information is positive, and little.
+    assert lost.min() > -1e-3
+    assert lost.max() < 0.05
 
 
 def test_both_methods_end_at_the_same_minimum():
@@ -108,7 +145,7 @@ def test_noise_free_data_give_back_the_truth():
 def test_dense_steps_are_refused_where_they_can_not_be():
     scene, observations = make_scene(), observed()
     parameters = make_parameters(scene, observations).fix("sources").fix("observations")
-    with pytest.raises(ValueError, match="wants 1 to 96 free numbers and no free image"):
+    with pytest.raises(ValueError, match="wants 1 to 1000 free numbers and no free image"):
         fit(scene, observations, parameters, method="dense", progress=False)
     with pytest.raises(ValueError, match="method is one of auto, dense, iterative; got 'newton'"):
         fit(scene, observations, parameters, method="newton", progress=False)

@@ -294,5 +294,5 @@ def test_parameters_that_nothing_determines():
     scene = Scene(FRAME, [Source((8.0, 9.0), [0.0], PointMorphology())])
     parameters = Parameters.default(scene, [observe()]).fix(PATH)
     result = fit(scene, observe(), parameters, max_steps=1, progress=False)
-    with pytest.raises(ValueError, match="2 of 2 free coordinates don't change the posterior density"):
+    with pytest.raises(ValueError, match=r"Neither the data nor a prior determine the combination of sources\.0\.center\[[01]\]; nor that of"):
         sample(result, "laplace", key=jax.random.key(0))

@@ -32,15 +32,18 @@ from numpyro.distributions.util import lazy_property
 from scenefit.arrays import box
 from scenefit.data import noise, observation
 from scenefit.infer import diagnostics, fit, sample
-from scenefit.model import link, morphology, parameters, scene, source, spectrum
+from scenefit.model import link, morphology, parameters, scene, source, spectrum, starlet
 from scenefit.sky import frame, mixture, psf
 
 SCHEMA_VERSION = 1
 """Version of the layout of saved files; `MIGRATIONS` has an entry for every older one."""
 MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 """By schema version: what turns the content of a file of that version into that of the next one."""
-MATCHED = ("renderer", "frame")
-"""Attributes of an observation that `match` makes anew."""
+DERIVED: dict[type, tuple[str, ...]] = {
+    observation.Observation: ("renderer", "frame"),
+    starlet.StarletMorphology: ("splines",),
+}
+"""Attributes that aren't saved: `match` makes those of an observation anew, the constructor the others."""
 INLINE_SIZE = 16
 """Arrays of up to this many numbers stand as text among the rest, larger ones as binary blocks."""
 _MODULES = (
@@ -53,6 +56,7 @@ _MODULES = (
     spectrum,
     link,
     morphology,
+    starlet,
     source,
     scene,
     parameters,
@@ -206,8 +210,7 @@ def to_tree(value):
         return _distribution_to_tree(value)
     name = type(value).__name__
     if CLASSES.get(name) is type(value):
-        left_out = MATCHED if isinstance(value, observation.Observation) else ()
-        names = [f.name for f in dataclasses.fields(value) if f.name not in left_out]
+        names = [f.name for f in dataclasses.fields(value) if f.name not in DERIVED.get(type(value), ())]
         return {"type": name, **{name: to_tree(getattr(value, name)) for name in names}}
     raise TypeError(f"Only objects of scenefit and numpyro's distributions can be saved; got a {type(value)}.")
 
@@ -260,9 +263,9 @@ def _build(cls: type, fields: dict):
     elif cls is observation.Observation:
         # Data and background were converted when they first came in.
         given = {**fields, "unit": "nJy" if fields["flux_unit"] == "nJy" else None}
-    elif cls is morphology.PixelMorphology:
+    elif issubclass(cls, morphology.AbstractImageMorphology):
         # A fitted image may have faded to nothing, which the constructor refuses.
-        given = {**fields, "image": np.ones_like(fields["image"])}
+        given = {**fields, **{name: np.ones_like(fields[name]) for name in cls.constraints}}
     elif cls is psf.ImagePSF:
         given = {**fields, "center": fields["center"][0]}
     else:

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from scenefit.arrays.compilation import compiled
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
-from scenefit.infer.dense import MAX_COORDINATES, Coordinates, free_coordinates
+from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
 from scenefit.infer.fit import FitResult, Status, linear_coordinates, matched
+from scenefit.infer.footprints import Footprints
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.solvers import SolverState
 from scenefit.model.parameters import Parameters
@@ -112,13 +113,13 @@ class _Member:
         self.problem, self.state, self.layout = posterior.build(
             scene, self.observations, self.parameters, whole_frame=True
         )
-        coordinates = free_coordinates(self.problem)
-        if coordinates is None:
+        where = dense_footprints(self.problem, self.layout, scene, self.observations)
+        if where is None:
             raise ValueError(
                 f"Scene {number}: fit_many wants 1 to {MAX_COORDINATES} free numbers and no free image; use fit()."
             )
-        self.coordinates: Coordinates = coordinates
-        leaves, tree = jax.tree.flatten((self.problem, self.state, self.coordinates))
+        self.footprints: Footprints = where
+        leaves, tree = jax.tree.flatten((self.problem, self.state, self.footprints))
         self.structure = tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         self.lane: _Lane | None = None
 
@@ -157,7 +158,7 @@ def _run_group(members: list[_Member], rtol: float, max_steps: int, batch_size: 
             lanes[n] = eqx.tree_at(lambda lane: lane.is_done, lanes[n], np.asarray(True))
         problems, batch = _stacked([member.problem for member in rows]), _stacked(lanes)
         limits = np.asarray(rtol, np.float32), np.asarray(steps, np.int32), np.asarray(max_steps, np.int32)
-        batch = jax.device_get(_advance(problems, batch, members[0].coordinates, linear, limits, on_cpu))
+        batch = jax.device_get(_advance(problems, batch, members[0].footprints, linear, limits, on_cpu))
         for n, member in enumerate(chosen):
             member.lane = lane = jax.tree.map(lambda leaf, n=n: leaf[n], batch)
             if _goes_on(lane, max_steps):
@@ -185,7 +186,7 @@ def _stacked(trees):
 
 
 @compiled
-def _advance(problems: Problem, lanes: _Lane, coordinates: Coordinates, linear, limits, on_cpu: bool) -> _Lane:
+def _advance(problems: Problem, lanes: _Lane, where: Footprints, linear, limits, on_cpu: bool) -> _Lane:
     """Take steps in all lanes until they have converged, or as many as the limits allow."""
     rtol, steps, max_steps = limits
 
@@ -197,7 +198,7 @@ def _advance(problems: Problem, lanes: _Lane, coordinates: Coordinates, linear, 
             first = lane.num_steps == 0
             free = State(problem.free.vector & (linear | ~first), problem.free.images)
             part = eqx.tree_at(lambda p: p.free, problem, free)
-            carry, report = solvers.dense_step(part, lane.carry, coordinates)
+            carry, report = solvers.dense_step(part, lane.carry, where)
             remaining = report.remaining
             done = ~first & report.accepted & (remaining < rtol)
             return _Lane(carry, lane.num_steps + 1, remaining, done)

@@ -1,6 +1,8 @@
-"""Gauss-Newton steps for few parameters: the exact Jacobian of all residuals, and a small quadratic programme within bounds."""
+"""Gauss-Newton steps by the Hessian matrix: for scenes without free images, a quadratic programme within bounds."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -9,13 +11,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from scenefit.arrays.compilation import as_integers
+from scenefit.data.observation import Observation
 from scenefit.infer.descent import Descent
-from scenefit.infer.problem import Leaf, Problem, State
+from scenefit.infer.footprints import Footprints, footprints
+from scenefit.infer.information import information
+from scenefit.infer.posterior import Layout
+from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import spread_curvature
+from scenefit.model.scene import Scene
 
-MAX_COORDINATES = 96
-"""Free coordinates up to which the Jacobian is computed as a whole."""
+MAX_COORDINATES, MAX_SIZE = 1000, 3 * 10**8
+"""Free coordinates, and entries of the derivatives that are there at a time, up to which steps are computed by a matrix."""
 MAX_TURNS = 30
 """Changes of the set of coordinates at bounds at most, in the solution of a quadratic programme."""
 LONGEST_MOVE = 1.0
@@ -25,41 +31,19 @@ SINGULAR = 1e-6
 """Added to the unit diagonal of the scaled Hessian: directions that nothing determines stay where they are."""
 
 
-class Coordinates(eqx.Module):
-    """The free coordinates of a problem's vector.
+def dense_footprints(
+    problem: Problem, layout: Layout, scene: Scene, observations: Sequence[Observation], *, cores: bool = False
+) -> Footprints | None:
+    """Return the footprints of the free coordinates; None if they are too many for a matrix, or there are free images.
 
-    Attributes
-    ----------
-    shapes : array of int, shape (p,)
-        Those that the components' images depend on.
-    others : array of int, shape (q,)
-        Those of fluxes, backgrounds and shifts alone: along these no image is transformed again.
+    Parameters are those of `footprints`.
     """
-
-    shapes: Int[Array, " p"]
-    others: Int[Array, " q"]
-
-    @property
-    def index(self) -> Int[Array, " m"]:
-        """All of them."""
-        return jnp.concatenate([self.shapes, self.others])
-
-    def __len__(self):
-        return len(self.shapes) + len(self.others)
-
-
-def free_coordinates(problem: Problem) -> Coordinates | None:
-    """Return the free coordinates; None if they are too many for a Jacobian, or there are free images."""
-    index, free = np.asarray(problem.index), np.asarray(problem.free.vector)
-    of_shapes = np.zeros(len(free), bool)
-    for leaf in problem.leaves:
-        if _shapes_images(leaf):
-            of_shapes[index[leaf.start : leaf.stop]] = True
-    chosen = np.unique(index)
-    chosen = chosen[free[chosen]]
-    if not 0 < len(chosen) <= MAX_COORDINATES or any(np.any(image) for image in problem.free.images):
+    index, free = np.unique(np.asarray(problem.index)), np.asarray(problem.free.vector)
+    if not 0 < free[index].sum() <= MAX_COORDINATES or any(np.any(image) for image in problem.free.images):
         return None
-    return Coordinates(as_integers(chosen[of_shapes[chosen]]), as_integers(chosen[~of_shapes[chosen]]))
+    where = footprints(problem, layout, scene, observations, cores=cores)
+    size = len(where.colors) * where.places.shape[1] * sum(image.data.size for image in problem.images)
+    return where if size <= MAX_SIZE else None
 
 
 def is_mapped(problem: Problem) -> np.ndarray:
@@ -68,35 +52,6 @@ def is_mapped(problem: Problem) -> np.ndarray:
     for leaf in problem.leaves:
         mapped[leaf.start : leaf.stop] = leaf.map != "identity"
     return mapped
-
-
-def _shapes_images(leaf: Leaf) -> bool:
-    """Return whether the images of components depend on a leaf."""
-    return leaf.kind == "stack" and leaf.name != "flux"
-
-
-def jacobian(problem: Problem, state: State, coordinates: Coordinates) -> Float[Array, "m pixel"]:
-    """Return the derivatives of all residuals along the coordinates."""
-    stacks, images = problem.fill(state)
-    size = sum(part.size for part in jax.tree.leaves(jax.eval_shape(problem.residuals, state)))
-    rows = []
-    for group, index in ((True, coordinates.shapes), (False, coordinates.others)):
-        if len(index) == 0:
-            continue
-        # The leaves of the other group are constants here, but for coordinates that both have (ties).
-        leaves = tuple(leaf for leaf in problem.leaves if group or not _shapes_images(leaf))
-        part = eqx.tree_at(lambda p: (p.stacks, p.images, p.leaves), problem, (tuple(stacks), tuple(images), leaves))
-        _, forward = jax.linearize(part.residuals, state)
-
-        def along(number, forward=forward):
-            direction = jnp.zeros_like(state.vector).at[number].set(1.0)
-            images = tuple(jnp.zeros_like(image) for image in state.images)
-            return jnp.concatenate([plane.ravel() for plane in jax.tree.leaves(forward(State(direction, images)))])
-
-        part_rows = jax.vmap(along)(index)
-        # Where no leaf is an amplitude, the residuals of amplitudes are missing; they come last.
-        rows.append(jnp.pad(part_rows, ((0, 0), (0, size - part_rows.shape[1]))))
-    return jnp.concatenate(rows)
 
 
 def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -> Float[Array, "m m"]:
@@ -109,20 +64,17 @@ def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -
     return own + (vectors * jnp.maximum(values, 0.0)) @ vectors.T
 
 
-def hessian(problem: Problem, state: State, coordinates: Coordinates):
-    """Return Jacobian, shape (m, pixel), and Gauss-Newton Hessian of the loss, shape (m, m)."""
-    derivatives = jacobian(problem, state, coordinates)
-    product = jnp.matmul(derivatives, derivatives.T, precision=lax.Precision.HIGHEST)
-    return derivatives, product + potential_hessian(problem, state, coordinates.index)
+def hessian(problem: Problem, state: State, where: Footprints) -> Float[Array, "m m"]:
+    """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`."""
+    return information(problem, state, where) + potential_hessian(problem, state, where.index)
 
 
 def dense_descent(
     problem: Problem,
     state: State,
-    residual,
-    prior_gradient: Float[Array, " n"],
+    gradient: Float[Array, " n"],
     damping: Float[Array, ""],
-    coordinates: Coordinates,
+    where: Footprints,
 ) -> Descent:
     """Minimise the quadratic model of the loss about a state within bounds, exactly.
 
@@ -130,20 +82,17 @@ def dense_descent(
     ----------
     problem : Problem
     state : State
-    residual : tree of arrays
-        `problem.residuals(state)`.
-    prior_gradient : array
-        Of the negative log-prior.
+    gradient : array
+        Of the loss along the vector.
     damping : float
         Of the Hessian, relative to its diagonal.
-    coordinates : Coordinates
-        `free_coordinates` of the problem.
+    where : Footprints
+        `dense_footprints` of the problem.
     """
-    derivatives, matrix = hessian(problem, state, coordinates)
-    index = coordinates.index
-    flat = jnp.concatenate([part.ravel() for part in jax.tree.leaves(residual)])
+    index = where.index
+    matrix = hessian(problem, state, where)
     counts = problem.free.vector[index]
-    slope = jnp.where(counts, derivatives @ flat + prior_gradient[index], 0.0)
+    slope = jnp.where(counts, gradient[index], 0.0)
     diagonal = jnp.diagonal(matrix)
     counts &= diagonal > 0
     # In units of the conditional standard deviations.

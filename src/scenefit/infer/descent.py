@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from scenefit.infer.problem import Problem, State
+from scenefit.infer.problem import Problem, State, totals
 from scenefit.infer.quadratic import (
     ConjugateIterate,
     above_zero,
@@ -123,7 +123,7 @@ class QuadraticModel:
     damping: Float[Array, ""]
     curvature: Float[Array, " n"]
     probes: Float[Array, "p n"]
-    pixel_curvature: tuple[Float[Array, "_ _ _"], ...]
+    pixel_curvature: tuple[Float[Array, "_ *plane _ _"], ...]
 
     def descend(self, active: Bool[Array, ""], max_iterations: Int[Array, ""], settled: Float[Array, ""]) -> Descent:
         """Minimise the quadratic model within bounds; does nothing unless `active`.
@@ -216,7 +216,7 @@ class QuadraticModel:
         first, step = rounds.phase == _SET_UP, rounds.iterate.step
         # Images count up to a factor: the part of their step that only scales them is left out.
         pairs = zip(step.images, state.images, strict=True)
-        shaped = tuple(move - image * jnp.sum(move, axis=(1, 2), keepdims=True) for move, image in pairs)
+        shaped = tuple(move - image * totals(move) for move, image in pairs)
         diagonal_step = jax.tree.map(jnp.divide, on_face(self.problem.free, loop.gradient), diagonal)
         wanted = select(first, diagonal_step, State(step.vector, shaped))
         end = combine(state, jnp.where(first, -1.0, 1.0), wanted)

@@ -37,9 +37,9 @@ class Diagnostics(eqx.Module):
         By path, of the parameter's shape: rank-normalised split R-hat, and effective sample size (the smaller one of bulk and
         tail). Empty for independent draws of an approximation.
     pareto_k : float
-        Shape of the tail of the importance ratios of an approximation; NaN for chains.
+        Shape of the tail of the importance ratios of an approximation; NaN for chains of the posterior itself.
     divergent : float
-        Fraction of divergent transitions; NaN for approximations.
+        Fraction of divergent transitions; NaN for what has none.
     """
 
     r_hat: dict[str, np.ndarray]
@@ -49,21 +49,25 @@ class Diagnostics(eqx.Module):
 
     def judge(self) -> tuple[PosteriorStatus, str]:
         """Return the status, and a sentence with the worst figure."""
+        status, parts = PosteriorStatus.GOOD, []
+        if self.r_hat:
+            worst, r_hat = _extreme(self.r_hat, np.nanmax)
+            least, ess = _extreme(self.ess, np.nanmin)
+            parts += [
+                f"R-hat up to {r_hat:.4f} ({worst}; good up to {MAX_R_HAT})",
+                f"effective sample size from {ess:.0f} ({least}; good from {MIN_ESS:.0f})",
+            ]
+            if not (r_hat <= MAX_R_HAT and ess >= MIN_ESS):
+                status = PosteriorStatus.NOT_MIXED
+        if not np.isnan(self.divergent):
+            parts.append(f"{100 * self.divergent:.2g} % divergent")
+            if status is PosteriorStatus.GOOD and self.divergent > MAX_DIVERGENT:
+                status = PosteriorStatus.DIVERGENT
         if not np.isnan(self.pareto_k):
-            message = f"Pareto k {self.pareto_k:.2f} (good up to {MAX_PARETO_K})"
-            good = self.pareto_k <= MAX_PARETO_K
-            return (PosteriorStatus.GOOD if good else PosteriorStatus.POOR_APPROXIMATION), message
-        worst, r_hat = _extreme(self.r_hat, np.nanmax)
-        least, ess = _extreme(self.ess, np.nanmin)
-        message = (
-            f"R-hat up to {r_hat:.4f} ({worst}; good up to {MAX_R_HAT}), effective sample size from {ess:.0f} ({least}; "
-            f"good from {MIN_ESS:.0f}), {100 * self.divergent:.2g} % divergent"
-        )
-        if not (r_hat <= MAX_R_HAT and ess >= MIN_ESS):
-            return PosteriorStatus.NOT_MIXED, message
-        if self.divergent > MAX_DIVERGENT:
-            return PosteriorStatus.DIVERGENT, message
-        return PosteriorStatus.GOOD, message
+            parts.append(f"Pareto k {self.pareto_k:.2f} (good up to {MAX_PARETO_K})")
+            if status is PosteriorStatus.GOOD and self.pareto_k > MAX_PARETO_K:
+                status = PosteriorStatus.POOR_APPROXIMATION
+        return status, ", ".join(parts)
 
 
 def of_chains(draws: dict[str, np.ndarray], divergent: float) -> Diagnostics:

@@ -8,8 +8,10 @@ import numpy as np
 
 from scenefit.arrays.compilation import compiled
 from scenefit.infer import posterior
-from scenefit.infer.dense import MAX_COORDINATES, Coordinates, free_coordinates, hessian
+from scenefit.infer.dense import MAX_COORDINATES, dense_footprints, hessian
 from scenefit.infer.fit import FitResult
+from scenefit.infer.footprints import Footprints
+from scenefit.infer.inverse import covariance_of
 from scenefit.infer.problem import Problem, State
 
 
@@ -35,11 +37,11 @@ def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
         If there are free images or too many parameters.
     """
     problem, state, layout = posterior.build(result.scene, result.observations, result.parameters, whole_frame=True)
-    coordinates = free_coordinates(problem)
-    if coordinates is None:
+    where = dense_footprints(problem, layout, result.scene, result.observations)
+    if where is None:
         raise ValueError(f"parameter_errors wants 1 to {MAX_COORDINATES} free numbers and no free image.")
-    matrix, slopes = (np.asarray(part, dtype=float) for part in _information(problem, state, coordinates))
-    covariance = _inverse(matrix)
+    matrix, slopes = (np.asarray(part, dtype=float) for part in _information(problem, state, where))
+    covariance = covariance_of(matrix)
     lost = ~np.isfinite(np.diag(covariance))
     finite = np.where(np.isfinite(covariance), covariance, 0.0)
     variance = np.einsum("em,mk,ek->e", slopes, finite, slopes)
@@ -50,22 +52,8 @@ def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
 
 
 @compiled
-def _information(problem: Problem, state: State, coordinates: Coordinates):
+def _information(problem: Problem, state: State, where: Footprints):
     """Return the Hessian (m, m), and the derivatives of all elements along the coordinates (e, m)."""
-    rows = (coordinates.index[:, None] == jnp.arange(len(state.vector))).astype(state.vector.dtype)
+    rows = (where.index[:, None] == jnp.arange(len(state.vector))).astype(state.vector.dtype)
     slopes = jax.vmap(lambda row: jax.jvp(problem.elements, (state.vector,), (row,))[1])(rows)
-    return hessian(problem, state, coordinates)[1], slopes.T
-
-
-def _inverse(matrix: np.ndarray) -> np.ndarray:
-    """Return the inverse of a positive semi-definite matrix; infinite variances where it is singular."""
-    diagonal = np.diag(matrix)
-    scale = np.where(diagonal > 0, 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0)), 0.0)
-    values, vectors = np.linalg.eigh(matrix * scale[:, None] * scale)
-    with np.errstate(divide="ignore"):
-        spread = np.where(values > 1e-7 * values.max(), 1 / np.maximum(values, 1e-30), np.inf)
-    known = np.isfinite(spread)
-    inverse = (vectors[:, known] * spread[known]) @ vectors[:, known].T * scale[:, None] * scale
-    lost = (np.abs(vectors[:, ~known]) > 1e-2).any(axis=1) | (diagonal <= 0)
-    inverse[np.ix_(lost, lost)] = np.where(np.eye(lost.sum(), dtype=bool), np.inf, 0.0)
-    return inverse
+    return hessian(problem, state, where), slopes.T

@@ -15,10 +15,10 @@ from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
-from scenefit.infer.dense import MAX_COORDINATES, free_coordinates
+from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
 from scenefit.infer.problem import LINEAR_LEAVES, Problem, State
 from scenefit.infer.quadratic import curvature_probes
-from scenefit.model.morphology import PixelMorphology
+from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.model.packing import component_box
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
@@ -32,10 +32,14 @@ LINEAR_STEPS = 2
 """First steps in which only fluxes and backgrounds move: an exact linear solve but for the bounds."""
 GROWTH_RATIO, GROWTH_SIGNIFICANCE, MAX_GROWTHS = 1.4, 5.0, 3
 """A stamp grows by this ratio where the residual light just outside it exceeds so many standard errors, so many times."""
-ANALYTIC_GROWTH = 1.05
-"""The stamp of an analytic profile is made anew where it has become larger than it was by this ratio."""
+ANALYTIC_GROWTH, NEARLY_FULL = 1.1, 0.7
+"""The stamp of an analytic profile is made anew where it has become larger than it was by this ratio; then those get more room as
+well that have come this near."""
 GROWTH_TOLERANCE = CAREFUL_TOLERANCE = 4.0
-"""Stamps are checked, and steps computed carefully, once the fit is within this multiple of its tolerance."""
+"""Stamps of images are checked, and steps computed carefully, once the fit is within this multiple of its tolerance."""
+EARLY_GROWTH = 0.7
+"""Stamps of profiles are checked once the minimum is thought to be nearer than this, in standard deviations: on larger ones it is
+elsewhere."""
 SETTLED, UNSETTLED = (0.8, 0.2), 0.1
 """How far conjugate gradients go: quickly at first, then carefully, since their end says how far the minimum is. Where
 they ended by their number instead, that is less certain: the tolerance is by this factor smaller."""
@@ -119,8 +123,8 @@ def fit(
     parameters : Parameters, optional
         What is free; `Parameters.default(scene, observations)` if not given.
     method : "auto", "dense" or "iterative"
-        How Gauss-Newton steps are computed (see `scenefit.infer.solvers`): from the whole Jacobian, for few parameters; or by
-        conjugate gradients, for many. By default the former where it is possible.
+        How Gauss-Newton steps are computed (see `scenefit.infer.solvers`): by the Hessian matrix; or by conjugate gradients, for
+        free images and many parameters. By default the former where it is possible.
     rtol : float
         Converged when, by a quadratic model solved with care, the minimum is nearer than this fraction of the standard
         deviations of the free parameters (root mean square over those that the data determine).
@@ -172,21 +176,23 @@ class _Run:
         self.scene, self.observations, self.parameters = scene, observations, parameters
         self.rtol, self.max_steps, self.callback = rtol, max_steps, callback
         self.rows: list[dict] = []
-        self.growths, self.first_step = 0, float("nan")
+        self.growths, self.roomy = 0, frozenset()
         self.begin = time.perf_counter()
         self.pack()
 
     def pack(self):
         """Pack the present scene and start the solver on it."""
-        built = posterior.build(self.scene, self.observations, self.parameters)
+        built = posterior.build(self.scene, self.observations, self.parameters, roomy=self.roomy)
         self.problem, state, self.layout = built
         self.carry = solvers.start(self.problem, state)
-        self.coordinates = None if self.method == "iterative" else free_coordinates(self.problem)
-        if self.method == "dense" and self.coordinates is None:
+        self.footprints = None
+        if self.method != "iterative":
+            self.footprints = dense_footprints(self.problem, self.layout, self.scene, self.observations, cores=True)
+        if self.method == "dense" and self.footprints is None:
             raise ValueError(
                 f"method='dense' wants 1 to {MAX_COORDINATES} free numbers and no free image; use 'auto', or fix some."
             )
-        self.linear_steps = LINEAR_STEPS if self.coordinates is None else 1
+        self.linear_steps = LINEAR_STEPS if self.footprints is None else 1
         self.probes = curvature_probes(self.problem)
 
     def finish(self, bar) -> Status:
@@ -197,7 +203,7 @@ class _Run:
                 row = self.rows[-1]
                 linear = len(self.rows) <= self.linear_steps
                 if row["accepted"] and not linear:
-                    if row["remaining"] < GROWTH_TOLERANCE * self.rtol and self.grow():
+                    if row["remaining"] < max(EARLY_GROWTH, GROWTH_TOLERANCE * self.rtol) and self.grow(row["remaining"]):
                         continue
                     if row["careful"] and row["remaining"] < self.rtol * (1.0 if row["settled"] else UNSETTLED):
                         return Status.CONVERGED
@@ -213,10 +219,10 @@ class _Run:
         problem = _linear_only(self.problem) if number < self.linear_steps else self.problem
         iterations = min(MAX_ITERATIONS, FIRST_ITERATIONS * 2**number)
         near = number > self.linear_steps and self.rows[-1]["remaining"] < CAREFUL_TOLERANCE * self.rtol
-        careful = self.coordinates is not None or near
+        careful = self.footprints is not None or near
         settled = as_floats(SETTLED[careful])
-        if self.coordinates is not None:
-            carry, report = _dense_step(problem, self.carry, self.coordinates)
+        if self.footprints is not None:
+            carry, report = _dense_step(problem, self.carry, self.footprints)
         else:
             carry, report = _step(problem, self.carry, self.probes, as_integers(iterations), settled)
         report = jax.device_get(report)
@@ -241,27 +247,33 @@ class _Run:
         if self.callback is not None:
             self.callback(number, row)
 
-    def grow(self) -> bool:
+    def grow(self, remaining: float) -> bool:
         """Enlarge the stamps that light leaves, and start anew on these; return whether there were any."""
+        near = remaining < GROWTH_TOLERANCE * self.rtol
         if self.growths >= MAX_GROWTHS:
             return False
         scene, observations = self.unpack()
-        residuals = jax.device_get(self.carry.residuals)
-        views = [_View(obs, residual) for obs, residual in zip(observations, residuals, strict=True)]
-        grown = {}
+        views = []
+        if near:
+            residuals = jax.device_get(self.carry.residuals)
+            views = [_View(obs, residual) for obs, residual in zip(observations, residuals, strict=True)]
+        grown, full = {}, set()
         for member, (path, component) in zip(self.layout.members, scene.components(), strict=True):
-            if isinstance(component.morphology, PixelMorphology):
-                larger = _grown(component, component.morphology, scene.frame, views)
+            if isinstance(component.morphology, AbstractImageMorphology):
+                larger = _grown(component, component.morphology, scene.frame, views) if near else None
             else:
                 # Analytic stamps follow from the shape, which has changed since they were packed.
                 box = component_box(component, scene.frame)
                 larger = component if max(box.shape) > ANALYTIC_GROWTH * max(member.box.shape) else None
+                if max(box.shape) > NEARLY_FULL * max(member.box.shape):
+                    full.add(path)
             if larger is not None:
                 grown[path] = larger
-        self.growths += 1
         if not grown:
-            self.growths = MAX_GROWTHS
+            self.growths = MAX_GROWTHS if near else self.growths
             return False
+        self.growths += 1
+        self.roomy |= full
         sources = {n: _with_components(s, f"sources.{n}", grown) for n, s in scene.sources.items()}
         self.scene, self.observations = Scene(scene.frame, sources), list(observations)
         self.parameters = _refreshed(self.parameters, self.scene, self.observations)
@@ -337,7 +349,7 @@ def _inside(box: Box, position: np.ndarray) -> np.ndarray:
     return np.asarray(np.all((position >= low) & (position < high), axis=-1))
 
 
-def _grown(component: Source, morphology: PixelMorphology, frame, views: Sequence[_View]) -> Source | None:
+def _grown(component: Source, morphology: AbstractImageMorphology, frame, views: Sequence[_View]) -> Source | None:
     """Return the component with a larger stamp if the residuals just outside it are bright, else None.
 
     The statistic is the sum of the whitened residuals (data minus model) in a ring around the stamp, over its standard
@@ -352,13 +364,7 @@ def _grown(component: Source, morphology: PixelMorphology, frame, views: Sequenc
     if not total > GROWTH_SIGNIFICANCE * np.sqrt(max(count, 1)):
         return None
     offset = (box.origin[0] - larger.origin[0], box.origin[1] - larger.origin[1])
-    anchor = (morphology.anchor[0] + offset[0], morphology.anchor[1] + offset[1])
-    image = np.asarray(morphology.padded(larger.shape, offset).image)
-    envelope = morphology.envelope
-    if envelope is not None:
-        margins = [(o, n - o - k) for o, n, k in zip(offset, larger.shape, box.shape, strict=True)]
-        envelope = np.pad(envelope, margins, mode="linear_ramp")
-    return Source(component.center, component.spectrum, PixelMorphology(image, anchor, envelope))
+    return Source(component.center, component.spectrum, morphology.grown(larger.shape, offset))
 
 
 def _with_components(source, path, replaced):
@@ -369,7 +375,7 @@ def _with_components(source, path, replaced):
 
 
 def _refreshed(parameters: Parameters, scene: Scene, observations) -> Parameters:
-    """Return the parameters with the shapes, and the priors on pixels, of a scene whose stamps have changed."""
+    """Return the parameters with the shapes, and the priors on images, of a scene whose stamps have changed."""
     table = dict(parameters.table)
     for new in Parameters.default(scene, observations):
         old = table[new.path]

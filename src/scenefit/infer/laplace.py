@@ -21,6 +21,8 @@ from scipy.sparse.csgraph import connected_components
 
 from scenefit.arrays.compilation import as_floats, as_integers, compiled
 from scenefit.data.observation import Observation
+from scenefit.infer.footprints import covered_pixels, disjoint_colors
+from scenefit.infer.inverse import covariance_of
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.progress import with_progress
@@ -34,7 +36,7 @@ from scenefit.infer.quadratic import (
     on_face,
     prior_terms,
 )
-from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
+from scenefit.sky.frame import Frame
 
 MAX_ITERATIONS = 400
 """Conjugate-gradient iterations at most for a column of the inverse Hessian."""
@@ -80,7 +82,7 @@ def vector_covariance(
     blocks = []
     for first, last in itertools.pairwise(starts):
         members = order[first:last]
-        blocks.append(scipy.sparse.coo_matrix(_inverse(information[members][:, members].toarray())))
+        blocks.append(scipy.sparse.coo_matrix(covariance_of(information[members][:, members].toarray())))
     inverse = scipy.sparse.block_diag(blocks, format="csr") if blocks else scipy.sparse.csr_matrix((0, 0))
     place = np.argsort(order)
     return index, inverse[place][:, place]
@@ -198,8 +200,9 @@ def _derivative(problem: Problem, state: State, direction):
 
 def _derivative_matrix(problem, state, layout, frame, observations, progress) -> scipy.sparse.csc_matrix:
     """Return d(whitened residuals) / d(vector coordinates) as a sparse matrix, shape (pixels, n)."""
-    windows = [_footprints(layout, frame, obs) for obs in observations]
-    colors = _colors(np.concatenate(windows, axis=1)) if layout.members else np.zeros(0, int)
+    boxes = [member.box for member in layout.members]
+    windows = [covered_pixels(boxes, frame, obs) for obs in observations]
+    colors = disjoint_colors(np.concatenate(windows, axis=1)) if boxes else np.zeros(0, int)
     groups: dict[tuple, list[tuple[int, int]]] = {}
     for coordinate, member, slot in _free_coordinates(problem, layout):
         color = -1 if member < 0 else int(colors[member])
@@ -237,40 +240,3 @@ def _free_coordinates(problem: Problem, layout: Layout):
                 yield coordinate, member_of[leaf.number, row], (leaf.name, entry)
             else:
                 yield coordinate, -1, (number, row, entry)
-
-
-def _footprints(layout: Layout, frame: Frame, obs: Observation) -> np.ndarray:
-    """Return (y0, y1, x0, x1) of each component's rendered stamp in an observation's window, shape (member, 4)."""
-    window = obs.matched_renderer.window
-    scale = 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
-    margin = obs.psf.extent + 2 + 2 * scale
-    result = np.zeros((len(layout.members), 4), int)
-    for number, member in enumerate(layout.members):
-        (y0, x0), (y1, x1) = member.box.origin, member.box.stop
-        corners = pixel_map(frame.wcs, obs.wcs, np.array([y0, y0, y1, y1]), np.array([x0, x1, x0, x1]))
-        low = np.floor(corners.min(axis=0) - margin).astype(int) - window.origin
-        high = np.ceil(corners.max(axis=0) + margin).astype(int) + 1 - window.origin
-        low, high = np.clip(low, 0, window.shape), np.clip(high, 0, window.shape)
-        result[number] = low[0], high[0], low[1], high[1]
-    return result
-
-
-def _colors(windows: np.ndarray) -> np.ndarray:
-    """Return numbers such that components of one number have disjoint windows in every observation (greedy)."""
-    count = len(windows)
-    overlap = np.zeros((count, count), bool)
-    for y0, y1, x0, x1 in windows.reshape(count, -1, 4).transpose(1, 2, 0):
-        overlap |= (y0[:, None] < y1) & (y0 < y1[:, None]) & (x0[:, None] < x1) & (x0 < x1[:, None])
-    colors = np.full(count, -1)
-    for number in range(count):
-        taken = set(colors[overlap[number]]) - {-1}
-        colors[number] = next(color for color in range(count) if color not in taken)
-    return colors
-
-
-def _inverse(matrix: np.ndarray) -> np.ndarray:
-    """Return the inverse of a positive semi-definite matrix, scaled to unit diagonal first; singular directions are huge."""
-    scale = 1 / np.sqrt(np.diag(matrix))
-    values, vectors = np.linalg.eigh(matrix * np.outer(scale, scale))
-    values = np.maximum(values, 1e-12 * values.max())
-    return (vectors / values) @ vectors.T * np.outer(scale, scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -14,9 +14,9 @@ from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, com
 from scenefit.arrays.stamps import bucket_count
 from scenefit.data.observation import Observation
 from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
-from scenefit.model.morphology import PixelMorphology, with_parameter_values
+from scenefit.model.morphology import AbstractImageMorphology, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
-from scenefit.model.parameters import Parameters, unit_disk
+from scenefit.model.parameters import IMAGES, Parameters, unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 
@@ -40,9 +40,14 @@ class Layout(eqx.Module):
 
 
 def build(
-    scene: Scene, observations: Sequence[Observation], parameters: Parameters, *, whole_frame: bool = False
+    scene: Scene,
+    observations: Sequence[Observation],
+    parameters: Parameters,
+    *,
+    whole_frame: bool = False,
+    roomy: Collection[str] = (),
 ) -> tuple[Problem, State, Layout]:
-    """Pack a scene, matched observations and parameters; its profiles on the whole frame if asked for.
+    """Pack a scene, matched observations and parameters; its profiles on the whole frame, or some with more room, if asked for.
 
     Raises
     ------
@@ -53,7 +58,7 @@ def build(
     levels = [obs.noise.level() for obs in observations]
     unit = _flux_unit(frame, observations, levels)
     components = list(scene.components())
-    stacks, members = pack(frame, components, unit, whole_frame=whole_frame)
+    stacks, members = pack(frame, components, unit, whole_frame=whole_frame, roomy=roomy)
     images = [_as_image(obs, level, unit) for obs, level in zip(observations, levels, strict=True)]
     table = _element_table(stacks, members, observations, levels, parameters)
     layout = Layout(members, levels, table.places)
@@ -74,8 +79,8 @@ def build(
         leaves=table.leaves,
         canvas=(len(frame.channels), *frame.fft_shape),
     )
-    pixels = tuple(as_floats(s.morphology.image) for s in stacks if isinstance(s.morphology, PixelMorphology))
-    return problem, State(as_floats(table.start), pixels), layout
+    values = tuple(as_floats(s.morphology.values) for s in stacks if isinstance(s.morphology, AbstractImageMorphology))
+    return problem, State(as_floats(table.start), values), layout
 
 
 def unpack(
@@ -144,8 +149,9 @@ def _with_values(path, component, values) -> Source:
     }
     morphology = component.morphology
     shapes = {name: own[f"morphology.{name}"] for name in morphology.constraints if f"morphology.{name}" in own}
-    if isinstance(morphology, PixelMorphology) and shapes:
-        morphology = PixelMorphology(shapes["image"], morphology.anchor, morphology.envelope)
+    if isinstance(morphology, AbstractImageMorphology) and shapes:
+        (image,) = shapes.values()
+        morphology = morphology.with_values(image)
     else:
         morphology = with_parameter_values(morphology, shapes)
     spectrum = eqx.tree_at(lambda s: s.flux, component.spectrum, own.get("spectrum.flux", component.spectrum.flux))
@@ -170,11 +176,10 @@ def _unpack_component(stack, member, component) -> Source:
     row = member.row
     flux = np.asarray(stack.flux[row], dtype=float) * member.flux_unit
     morphology = component.morphology
-    if isinstance(morphology, PixelMorphology):
-        (y, x), (height, width) = member.offset, member.box.shape
-        image = np.asarray(stack.morphology.image[row, y : y + height, x : x + width], dtype=float)
+    if isinstance(morphology, AbstractImageMorphology):
+        image = np.asarray(stack.morphology.values[(row, ..., *member.window)], dtype=float)
         if image.sum() > 0:
-            morphology = PixelMorphology(image, morphology.anchor, morphology.envelope)
+            morphology = morphology.with_values(image)
         else:
             flux = np.zeros_like(flux)
     else:
@@ -309,7 +314,7 @@ def _element_table(stacks, members, observations, levels, parameters) -> _Elemen
         fluxes = entries("spectrum.flux")
         table.add("stack", number, "flux", stack.flux, fluxes, parameters, linear=True, unit=units)
         for name in stack.morphology.constraints:
-            if name != "image":
+            if name not in IMAGES:
                 # What may well be at its bound keeps its own value, within bounds.
                 closed = stack.morphology.constraints[name] is constraints.nonnegative
                 path, value = f"morphology.{name}", getattr(stack.morphology, name)
@@ -359,18 +364,20 @@ def _stacked_priors(priors) -> tuple[Priors, ...]:
 
 
 def _image_bounds(stacks, members, parameters):
-    """Return which pixels of the image stacks are free, their lower bounds and their priors."""
-    numbers = [number for number, stack in enumerate(stacks) if isinstance(stack.morphology, PixelMorphology)]
-    free = {n: np.zeros(stacks[n].mask.shape, bool) for n in numbers}
-    low = {n: np.zeros((stacks[n].mask.shape[0], 1, 1)) for n in numbers}
-    mean = {n: np.zeros(stacks[n].mask.shape) for n in numbers}
-    weight = {n: np.zeros(stacks[n].mask.shape) for n in numbers}
+    """Return which values of the image stacks are free, their lower bounds and their priors."""
+    images = {
+        n: stack.morphology for n, stack in enumerate(stacks) if isinstance(stack.morphology, AbstractImageMorphology)
+    }
+    shapes = {n: morphology.values.shape for n, morphology in images.items()}
+    free = {n: np.zeros(shape, bool) for n, shape in shapes.items()}
+    low = {n: np.zeros((shape[0], *(1 for _ in shape[1:]))) for n, shape in shapes.items()}
+    mean, weight = ({n: np.zeros(shape) for n, shape in shapes.items()} for _ in range(2))
     for member in members:
-        if member.stack not in free:
+        if member.stack not in images:
             continue
-        parameter = parameters.table[f"{member.path}.morphology.image"]
-        (y, x), (height, width) = member.offset, member.box.shape
-        window = np.s_[member.row, y : y + height, x : x + width]
+        (name,) = images[member.stack].constraints
+        parameter = parameters.table[f"{member.path}.morphology.{name}"]
+        window = (member.row, ..., *member.window)
         free[member.stack][window] = parameter.free
         low[member.stack][member.row] = _range(parameter)[0]
         if parameter.prior is not None:
@@ -378,7 +385,7 @@ def _image_bounds(stacks, members, parameters):
                 raise ValueError(f"{parameter.path}: the prior of an image must be Normal; got {parameter.prior}.")
             mean[member.stack][window] = np.asarray(parameter.prior.loc)
             weight[member.stack][window] = 1 / np.asarray(parameter.prior.scale) ** 2
-    priors = tuple((as_floats(mean[n]), as_floats(weight[n])) for n in numbers)
+    priors = tuple((as_floats(mean[n]), as_floats(weight[n])) for n in images)
     return tuple(as_booleans(f) for f in free.values()), tuple(as_floats(v) for v in low.values()), priors
 
 

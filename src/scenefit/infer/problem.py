@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Complex, Float, Int, Shaped
 
 from scenefit.data.noise import AbstractNoise
 from scenefit.data.renderer import Renderer
-from scenefit.model.morphology import PixelMorphology
+from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.model.packing import Stack, evaluate_stacks, transform_stacks
 
 LINEAR_LEAVES = ("flux", "background", "background_slope")
@@ -34,12 +34,12 @@ class State(eqx.Module):
     ----------
     vector : array, shape (n,)
         Coordinates of everything but images.
-    images : tuple of arrays, shape (stack member, h, w)
-        Free-pixel images, one stack each, of any sum: the model has them scaled to unit sum.
+    images : tuple of arrays, shape (stack member, ..., h, w)
+        Values of free images, one stack each, of any sum: the model has them scaled to unit sum.
     """
 
     vector: Shaped[Array, " n"]
-    images: tuple[Shaped[Array, "_ _ _"], ...]
+    images: tuple[Shaped[Array, "_ *plane _ _"], ...]
 
 
 class Image(eqx.Module):
@@ -62,6 +62,13 @@ class Image(eqx.Module):
         """Return the background."""
         slope_y, slope_x = self.background_slope.T[..., None, None]
         return self.background[:, None, None] + slope_y * self.y[:, None] + slope_x * self.x
+
+    def residual(
+        self, spectrum: Complex[Array, "model_channel k l"], kind: str = "score"
+    ) -> Float[Array, "channel y x"]:
+        """Return the residuals (see `Problem.residuals`), given the Fourier transform of the model image."""
+        rendered = self.renderer(spectrum, self.shift) * self.gain[:, None, None]
+        return getattr(self.noise, f"{kind}_residual")(rendered + self.sky() - self.data)
 
 
 class Leaf(eqx.Module):
@@ -143,8 +150,8 @@ class Problem(eqx.Module):
         Bounds of the coordinates.
     priors : tuple of Priors
         One for each kind.
-    image_priors : tuple of (array, array), shape (stack member, h, w)
-        Mean and inverse variance of the normal prior of each pixel; inverse variance 0 for none.
+    image_priors : tuple of (array, array), shape (stack member, ..., h, w)
+        Mean and inverse variance of the normal prior of each value of an image; inverse variance 0 for none.
     leaves : tuple of Leaf
     psf_sigma : float
     canvas : (int, int, int)
@@ -188,8 +195,8 @@ class Problem(eqx.Module):
             group[leaf.number] = eqx.tree_at(_getter(leaf.name), group[leaf.number], value)
         remaining = iter(state.images)
         for number, stack in enumerate(stacks):
-            if isinstance(stack.morphology, PixelMorphology):
-                stacks[number] = eqx.tree_at(lambda s: s.morphology.image, stack, unit_sum(next(remaining)))
+            if isinstance(stack.morphology, AbstractImageMorphology):
+                stacks[number] = eqx.tree_at(lambda s: s.morphology.values, stack, unit_sum(next(remaining)))
         return stacks, images
 
     def model(self, state: State) -> Float[Array, "channel y x"]:
@@ -212,28 +219,23 @@ class Problem(eqx.Module):
         data : tuple of arrays, shape (channel, y, x)
             Residuals (model minus data), one array an observation.
         others : tuple of arrays
-            Pixels minus the means of their priors, in standard deviations, one array of shape (stack member, h, w) a stack of
-            images; and how far the sums of amplitudes, which count as fractions, are from 1.
+            Values of images minus the means of their priors, in standard deviations, one array a stack of images; and how far
+            the sums of amplitudes, which count as fractions, are from 1.
         """
         stacks, images = self.fill(state)
         spectrum = transform_stacks(stacks, self.psf_sigma, self.canvas)
-        data = tuple(
-            getattr(image.noise, f"{kind}_residual")(
-                image.renderer(spectrum, image.shift) * image.gain[:, None, None] + image.sky() - image.data
-            )
-            for image in images
-        )
-        pixels = [stack.morphology.image for stack in stacks if isinstance(stack.morphology, PixelMorphology)]
-        priors = zip(pixels, self.image_priors, strict=True)
+        data = tuple(image.residual(spectrum, kind) for image in images)
+        values = [stack.morphology.values for stack in stacks if isinstance(stack.morphology, AbstractImageMorphology)]
+        priors = zip(values, self.image_priors, strict=True)
         others = tuple(jnp.sqrt(weight) * (image - mean) for image, (mean, weight) in priors)
-        return data, others + self._scales(state.vector)
+        return data, others + self.scales(state.vector)
 
     @property
     def is_gaussian(self) -> bool:
         """Whether the loss of the data is half the square of their residuals."""
         return all(image.noise.is_gaussian for image in self.images)
 
-    def _scales(self, vector):
+    def scales(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " _"], ...]:
         """Return how far the sums of amplitudes are from 1: the model doesn't depend on them."""
         leaves = [leaf for leaf in self.leaves if leaf.name == AMPLITUDES]
         if not leaves:
@@ -273,9 +275,14 @@ class Problem(eqx.Module):
         return State(inside.vector, tuple(unit_sum(image) for image in inside.images))
 
 
-def unit_sum(images: Float[Array, "m h w"]) -> Float[Array, "m h w"]:
+def totals(images: Float[Array, "m *plane h w"]) -> Float[Array, "m *one 1 1"]:
+    """Return the sums of the members of a stack, with axes of length 1 for those that are summed over."""
+    return jnp.sum(images, axis=tuple(range(1, images.ndim)), keepdims=True)
+
+
+def unit_sum(images: Float[Array, "m *plane h w"]) -> Float[Array, "m *plane h w"]:
     """Return the images scaled to unit sum; those that sum to nothing as they are."""
-    total = jnp.sum(images, axis=(1, 2), keepdims=True)
+    total = totals(images)
     return images / jnp.where(total > 0, total, 1.0)
 
 

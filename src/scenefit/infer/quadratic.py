@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from scenefit.arrays.compilation import as_floats
 from scenefit.arrays.stamps import add_stamps
 from scenefit.infer.problem import Problem, State
-from scenefit.model.morphology import PixelMorphology
+from scenefit.model.morphology import AbstractImageMorphology
 
 FLUX_CURVATURE = 10.0
 """Fluxes count by so many times the sum of their row of J^T J among fluxes, beside the generous bound on the curvature of
@@ -104,11 +104,12 @@ def above_zero(curvature: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.maximum(curvature, 1e-15 * jnp.max(curvature, initial=1e-20))
 
 
-def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w"], ...]:
-    """Return a diagonal that bounds J^T J for the pixels of all images from above (but for their scaling to unit sum).
+def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m *plane h w"], ...]:
+    """Return a diagonal that bounds J^T J for the values of all images from above (but for their scaling to unit sum).
 
     With `u_c = sum_s f_sc m_s` and `|R u|^2 <= lambda_c |u|^2`, the Cauchy-Schwarz inequality with weights f gives
-    `D_s(p) = sum_c lambda_c f_sc sum_s' f_s'c` over the sources s' that cover pixel p.
+    `D_s(p) = sum_c lambda_c f_sc sum_s' f_s'c` over the sources s' that cover pixel p; the morphology knows what follows for the
+    values of which it makes its pixels.
     """
     stacks, _ = problem.fill(state)
     norm = jnp.zeros(problem.canvas[0], state.vector.dtype)
@@ -121,13 +122,13 @@ def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m h w
         cover = add_stamps(cover, jnp.abs(stack.spectra), stack.mask[:, None].astype(cover.dtype), stack.origin)
 
     def one(row):
-        origin, spectrum, mask = row
+        morphology, origin, spectrum, mask = row
         start = (jnp.zeros_like(origin[0]), origin[0], origin[1])
         window = lax.dynamic_slice(cover, start, (cover.shape[0], *mask.shape))
-        return jnp.einsum("c,cyx->yx", norm * jnp.abs(spectrum), window) + 1e-20
+        return morphology.curvature(jnp.einsum("c,cyx->yx", norm * jnp.abs(spectrum), window)) + 1e-20
 
-    images = [stack for stack in stacks if isinstance(stack.morphology, PixelMorphology)]
-    data = [lax.map(one, (stack.origin, stack.spectra, stack.mask)) for stack in images]
+    images = [stack for stack in stacks if isinstance(stack.morphology, AbstractImageMorphology)]
+    data = [lax.map(one, (stack.morphology, stack.origin, stack.spectra, stack.mask)) for stack in images]
     return tuple(value + weight for value, (_, weight) in zip(data, problem.image_priors, strict=True))
 
 

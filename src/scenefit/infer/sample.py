@@ -1,4 +1,4 @@
-"""Sampling: the posterior of a fit's free parameters, by four methods behind one call."""
+"""Sampling: the posterior of a fit's free parameters, by one of several methods."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ import numpy as np
 from astropy.table import QTable
 from jaxtyping import Array
 
-from scenefit.arrays.compilation import compiled
+from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.data.observation import Observation
-from scenefit.infer import chains, diagnostics, guides, posterior
-from scenefit.infer.dense import MAX_COORDINATES, free_coordinates
+from scenefit.infer import chains, diagnostics, guides, posterior, truncated
+from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
 from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
 from scenefit.infer.fit import FitResult
+from scenefit.infer.linear import LinearModel, data_losses, linear_model
+from scenefit.infer.problem import Problem, State
 from scenefit.infer.target import Target, laplace_target
 from scenefit.model.link import AbstractCurve, AbstractLink
 from scenefit.model.scene import Scene
 
-METHODS = ("laplace", "svi", "nuts")
+METHODS = ("laplace", "svi", "nuts", "linear")
 JUDGED_DRAWS = 200
 """Draws of an approximation whose posterior density is computed, for Pareto's k."""
+SWEEPS = (4, 16, 64)
+"""Sweeps of the chains of the linear method from one draw to the next: more, from the start, if so many don't mix them."""
 
 
 class Posterior(eqx.Module):
@@ -45,6 +49,11 @@ class Posterior(eqx.Module):
         The fit that it belongs to.
     timing : dict of float
         Seconds by stage.
+    log_evidence, log_evidence_error : float
+        Of the "linear" method: logarithm of the integral of likelihood times priors over all that is free, and its standard
+        error. Differences between fits to the same data count (Bayes factors): the likelihood lacks factors of the noise alone,
+        and what has no prior has unit density in units of the noise, the same for fits that share it. Amplitudes must have
+        priors: NaN otherwise, and for other methods.
     """
 
     draws: dict[str, np.ndarray]
@@ -55,6 +64,8 @@ class Posterior(eqx.Module):
     diagnostics: Diagnostics
     result: FitResult
     timing: dict[str, float]
+    log_evidence: float = float("nan")
+    log_evidence_error: float = float("nan")
 
     def __getitem__(self, path: str) -> np.ndarray:
         """Return the draws of a parameter, chains joined: shape (draw, ...)."""
@@ -121,19 +132,24 @@ def sample(
     """Draw from the posterior of all free parameters of a fit, those of the observations included.
 
     The density of the parameters is the likelihood times their priors; without a prior it is flat over the range of the
-    parameter's constraint. All methods start from the mode and the exact Hessian there.
+    parameter's constraint. All methods start from the mode; all but "linear" from the exact Hessian there.
+
+    The "linear" method is for rings (`MultiGaussianMorphology`), fluxes and backgrounds, which the model is linear in: their
+    density, normal and cut off at zero, is sampled exactly, in seconds, however many amplitudes are zero. What isn't linear
+    (centres, ellipticities, ...) is replaced by its derivatives at the fit. Amplitudes have no prior, or half-Cauchy, half-normal
+    or exponential ones, of fractions of the fitted flux; fluxes and backgrounds none or normal ones; noise is Gaussian.
 
     Parameters
     ----------
     result : FitResult
-    method : "nuts", "laplace" or "svi"
-        No-U-Turn chains; the normal approximation at the mode; or the approximation that maximises the evidence lower bound.
-        The normal ones are normal in unconstrained coordinates.
+    method : "nuts", "laplace", "svi" or "linear"
+        No-U-Turn chains; the normal approximation at the mode; the approximation that maximises the evidence lower bound; or
+        chains for what the model is linear in. The normal ones are normal in unconstrained coordinates.
     key : jax.random key
     num_samples : int
         Draws in all.
     num_chains, num_warmup : int
-        For "nuts": chains, and transitions of each before its first draw.
+        For "nuts" and "linear": chains, and transitions of each before its first draw.
     guide : "normal" or "flow"
         For "svi": a multivariate normal, or that through inverse autoregressive flows.
     num_steps, num_particles : int
@@ -149,7 +165,8 @@ def sample(
     Raises
     ------
     ValueError
-        If the fit has free images or too many free parameters, nothing determines a parameter, or an option is unknown.
+        If the fit has free images or too many free parameters, nothing determines a parameter, or an option is unknown; with
+        "linear" if noise, priors or links are of another kind than it takes.
     """
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}.")
@@ -165,13 +182,17 @@ def sample(
         raise ValueError(f"Numbers of draws, chains and steps are at least 1; got {wrong}.")
     begin = time.perf_counter()
     problem, state, layout = posterior.build(result.scene, result.observations, result.parameters)
-    coordinates = free_coordinates(problem)
-    if coordinates is None:
+    if method == "linear":
+        model = linear_model(problem, state, layout, result)
+        size = num_chains, -(-num_samples // num_chains)
+        return _sample_linear(model, problem, state, layout, result, key, size, num_warmup, progress, begin)
+    where = dense_footprints(problem, layout, result.scene, result.observations)
+    if where is None:
         raise ValueError(
             f"Sampling wants 1 to {MAX_COORDINATES} free numbers and no free image: fix some, such as "
             "parameters.fix('sources.*.morphology.image'), and fit again."
         )
-    target = laplace_target(problem, state, coordinates)
+    target = laplace_target(problem, state, layout, where)
     whitened = time.perf_counter()
     if method == "nuts":
         white, log_density, divergent, complete = chains.run_chains(
@@ -182,7 +203,7 @@ def sample(
             target, method, key, num_samples, guide, num_steps, num_particles, progress
         )
     drawn = time.perf_counter()
-    draws = _parameter_draws(target, white, layout, result)
+    draws = _parameter_draws(_elements(target, jnp.asarray(white, target.center.dtype)), layout, result)
     found = diagnostics.of_chains(draws, divergent) if method == "nuts" else pareto
     status, message = found.judge()
     return Posterior(
@@ -195,6 +216,49 @@ def sample(
         result=result,
         timing={"laplace": whitened - begin, "draws": drawn - whitened, "diagnostics": time.perf_counter() - drawn},
     )
+
+
+def _sample_linear(
+    model: LinearModel, problem: Problem, state: State, layout, result, key, size, num_warmup, progress, begin
+) -> Posterior:
+    """Return draws of what the model is linear in, with their evidence; `size` is (chains, draws of each)."""
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
+    built = time.perf_counter()
+    for num_sweeps in SWEEPS:
+        options = {"num_warmup": num_warmup, "num_sweeps": num_sweeps, "progress": progress}
+        values, complete = truncated.draw(model.density, rng, *size, **options)
+        vectors = model.vectors(values)
+        draws = _parameter_draws(_elements_at(problem, as_floats(vectors)), layout, result)
+        found = diagnostics.of_chains(draws, float("nan"))
+        # So few draws can't be good.
+        if not complete or size[0] * size[1] < diagnostics.MIN_ESS or found.judge()[0] is PosteriorStatus.GOOD:
+            break
+    drawn = time.perf_counter()
+    log_density = model.density.log_density(values)
+    if not model.is_exact:
+        flat, chosen = values.reshape(-1, values.shape[-1]), _spread(values.shape[0] * values.shape[1], JUDGED_DRAWS)
+        losses = data_losses(problem, state, as_floats(vectors.reshape(-1, vectors.shape[-1])[chosen]))
+        judged = diagnostics.of_approximation(-np.asarray(losses, dtype=float), model.log_likelihood(flat[chosen]))
+        found = eqx.tree_at(lambda d: d.pareto_k, found, judged.pareto_k)
+    status, message = found.judge()
+    evidence = truncated.log_evidence(model.density, values, rng) if model.is_proper else (float("nan"), float("nan"))
+    return Posterior(
+        draws=draws,
+        log_density=log_density,
+        method="linear",
+        status=status if complete else PosteriorStatus.INTERRUPTED,
+        message=message,
+        diagnostics=found,
+        result=result,
+        timing={"design": built - begin, "draws": drawn - built, "diagnostics": time.perf_counter() - drawn},
+        log_evidence=evidence[0],
+        log_evidence_error=evidence[1],
+    )
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """Return at most `count` numbers below `total`, spread evenly."""
+    return np.unique(np.linspace(0, total - 1, min(total, count)).astype(int))
 
 
 def _approximate(target, method, key, count, guide, num_steps, num_particles, progress):
@@ -225,9 +289,14 @@ def _elements(target: Target, white):
     return jax.vmap(jax.vmap(target.elements))(white)
 
 
-def _parameter_draws(target, white, layout, result) -> dict[str, np.ndarray]:
-    """Return the draws of all free parameters, and those tied to them, by path."""
-    elements = np.asarray(_elements(target, jnp.asarray(white, target.center.dtype)), dtype=float)
+@compiled
+def _elements_at(problem: Problem, vectors):
+    return jax.vmap(jax.vmap(problem.elements))(vectors)
+
+
+def _parameter_draws(elements, layout, result) -> dict[str, np.ndarray]:
+    """Return the draws of all free parameters, and those tied to them, by path, from those of all elements."""
+    elements = np.asarray(elements, dtype=float)
     parameters: Mapping = result.parameters.table
     draws = {}
     for path, (numbers, units) in layout.places.items():

@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_floats, as_integers
-from scenefit.infer.dense import Coordinates, dense_descent
+from scenefit.infer.dense import dense_descent
 from scenefit.infer.descent import Descent, QuadraticModel
+from scenefit.infer.footprints import Footprints
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import combine, dot, image_curvature, prior_terms, select
 
@@ -167,11 +168,12 @@ def gauss_newton_step(
     return _step(problem, carry, descend)
 
 
-def dense_step(problem: Problem, carry: SolverState, coordinates: Coordinates) -> tuple[SolverState, StepReport]:
-    """Do as `gauss_newton_step`, with the Jacobian along all free coordinates (`dense.free_coordinates`): for few of them."""
+def dense_step(problem: Problem, carry: SolverState, where: Footprints) -> tuple[SolverState, StepReport]:
+    """Do as `gauss_newton_step`, with the Hessian matrix of all free coordinates (`dense.dense_footprints`)."""
 
     def descend(at: _Linearization, accepted, damping) -> Descent:
-        return dense_descent(problem, at.state, at.residual, at.prior_gradient, damping, coordinates)
+        (gradient,) = jax.linear_transpose(at.forward, at.state)(at.residual)
+        return dense_descent(problem, at.state, gradient.vector + at.prior_gradient, damping, where)
 
     return _step(problem, carry, descend)
 

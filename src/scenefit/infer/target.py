@@ -10,14 +10,21 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_booleans, as_floats, compiled
-from scenefit.infer.dense import Coordinates, hessian, is_mapped
-from scenefit.infer.problem import Problem, State, smooth_range
+from scenefit.infer.dense import hessian, is_mapped
+from scenefit.infer.footprints import Footprints
+from scenefit.infer.inverse import coordinate_names, covariance_of, undetermined
+from scenefit.infer.posterior import Layout
+from scenefit.infer.problem import AMPLITUDES, Problem, State, smooth_range
 
 NEWTON_STEPS, LONGEST_STEP, SMALL_STEP = 3, 1.0, 0.05
 """Newton steps at most from the mode of the parameters' density to that of the coordinates', and their lengths (root mean square
 in standard deviations): at most, and at the end."""
 DIFFERENCE, SMALLEST_CURVATURE = 0.3, 0.05
 """Standard deviations over which gradients are differenced, and the curvature in these units below which it isn't believed."""
+
+
+LARGEST_SPREAD = 0.5
+"""Amplitudes are fractions: their standard deviations can't be larger, however alike neighbouring rings look."""
 
 
 class Target(eqx.Module):
@@ -106,7 +113,7 @@ def _bounded(free, low, high, softness):
     return jnp.where(softness > 0, jnp.where(jnp.isfinite(low), raised, lowered), free)
 
 
-def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> Target:
+def laplace_target(problem: Problem, state: State, layout: Layout, where: Footprints) -> Target:
     """Return the density about its mode, near a state, whitened by the inverse root of its Hessian there.
 
     Directions in which that isn't positive take the Hessian of Gauss and Newton.
@@ -116,10 +123,13 @@ def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> 
     ValueError
         If nothing determines a combination of the parameters.
     """
-    gauss_newton = np.asarray(_gauss_newton(problem, state, coordinates), dtype=float)
-    index = np.asarray(coordinates.index)
-    scale = _checked_scale(gauss_newton)
-    sigma = np.sqrt(np.diag(_inverse(gauss_newton, scale)))
+    gauss_newton = np.asarray(_gauss_newton(problem, state, where), dtype=float)
+    index = np.asarray(where.index)
+    gauss_newton += np.diag(_of_amplitudes(problem)[index] / LARGEST_SPREAD**2)
+    covariance = covariance_of(gauss_newton)
+    sigma = np.sqrt(np.diag(covariance))
+    if not np.isfinite(sigma).all():
+        _raise_undetermined(problem, layout, index, gauss_newton)
     mapped = is_mapped(problem)[index]
     low = np.where(mapped, -np.inf, np.asarray(problem.lowest.vector, float)[index])
     high = np.where(mapped, np.inf, np.asarray(problem.highest.vector, float)[index])
@@ -129,11 +139,11 @@ def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> 
     free = _free_value(value, low, high, softness)
     elements = np.asarray(problem.index)
     own = (elements == np.arange(len(elements))) & np.asarray(problem.free.vector)[elements]
-    root = np.linalg.cholesky(_inverse(gauss_newton, scale))
+    root = np.linalg.cholesky(covariance)
     target = Target(
         problem=problem,
         state=state,
-        index=coordinates.index,
+        index=where.index,
         own=as_booleans(own),
         low=as_floats(low),
         high=as_floats(high),
@@ -145,8 +155,8 @@ def laplace_target(problem: Problem, state: State, coordinates: Coordinates) -> 
 
 
 @compiled
-def _gauss_newton(problem, state, coordinates):
-    return hessian(problem, state, coordinates)[1]
+def _gauss_newton(problem, state, where):
+    return hessian(problem, state, where)
 
 
 @compiled
@@ -182,25 +192,23 @@ def _at_mode(target: Target) -> Target:
     return target
 
 
-def _regular(matrix):
-    """Return the matrix with a hair more on its diagonal."""
-    return matrix + np.diag(1e-7 * np.diag(matrix))
+def _of_amplitudes(problem: Problem) -> np.ndarray:
+    """Return which coordinates are amplitudes."""
+    result = np.zeros(len(problem.lowest.vector), bool)
+    for leaf in problem.leaves:
+        if leaf.name == AMPLITUDES:
+            result[leaf.start : leaf.stop] = True
+    return result
 
 
-def _inverse(matrix, scale):
-    """Return the inverse of a positive matrix, scaled to unit diagonal first."""
-    return np.linalg.inv(_regular(matrix * scale[:, None] * scale)) * scale[:, None] * scale
-
-
-def _checked_scale(matrix: np.ndarray) -> np.ndarray:
-    """Return what scales a Hessian to unit diagonal."""
-    diagonal = np.diag(matrix)
-    if not (np.isfinite(diagonal) & (diagonal > 0)).all():
-        raise ValueError(
-            f"{int((~(diagonal > 0)).sum())} of {len(diagonal)} free coordinates don't change the posterior density: fix them, "
-            "or give them a prior."
-        )
-    return 1 / np.sqrt(diagonal)
+def _raise_undetermined(problem, layout, index, information):
+    """Raise ValueError that names what nothing determines."""
+    names = coordinate_names(problem, layout, index)
+    groups = [", ".join(names[number] for number in group) for group in undetermined(information)]
+    raise ValueError(
+        "Neither the data nor a prior determine the combination of " + "; nor that of ".join(groups) + ": fix some of them, "
+        "or give them priors."
+    )
 
 
 def _free_value(value, low, high, softness) -> np.ndarray:

@@ -9,13 +9,14 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import scipy.special
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
 from scenefit.arrays import profiles
 from scenefit.model.link import AbstractLink, with_values
-from scenefit.model.parameters import unit_disk
+from scenefit.model.parameters import ENVELOPE_FLOOR, ENVELOPE_SCATTER, unit_disk
 from scenefit.sky import units
 from scenefit.sky.frame import Channel
 
@@ -57,10 +58,10 @@ class AbstractMorphology(eqx.Module):
         """
 
     @abstractmethod
-    def radius(self, psf_sigma: float) -> float:
-        """Return the half-size, in pixels, of a stamp that holds all but `STAMP_FLUX_TOLERANCE` of the flux.
+    def radius(self, psf_sigma: float, tolerance: float | None = None) -> float:
+        """Return the half-size, in pixels, of a stamp that holds all but a fraction `tolerance` of the flux.
 
-        Called without links.
+        By default `STAMP_FLUX_TOLERANCE`, less for compact profiles. Called without links.
         """
 
 
@@ -151,7 +152,7 @@ class PointMorphology(AbstractRingMorphology):
     def shape(self):  # noqa: D102
         return np.zeros(2)
 
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
+    def radius(self, psf_sigma: float, tolerance: float | None = None) -> float:  # noqa: D102
         return profiles.ringing_radius(psf_sigma) + profiles.RINGING_FADE
 
 
@@ -182,8 +183,8 @@ class GaussianMorphology(AbstractRingMorphology):
     def shape(self):  # noqa: D102
         return self.ellipticity
 
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
-        return _stamp_radius(self.half_light_radius, 0.5, self.ellipticity, psf_sigma, CORE_FLUX_TOLERANCE)
+    def radius(self, psf_sigma: float, tolerance: float | None = None) -> float:  # noqa: D102
+        return _stamp_radius(self.half_light_radius, 0.5, self.ellipticity, psf_sigma, tolerance or CORE_FLUX_TOLERANCE)
 
 
 class AbstractSersicMorphology(AbstractRingMorphology):
@@ -204,8 +205,8 @@ class AbstractSersicMorphology(AbstractRingMorphology):
     def shape(self):  # noqa: D102
         return self.ellipticity
 
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
-        return _stamp_radius(self.half_light_radius, self.index, self.ellipticity, psf_sigma)
+    def radius(self, psf_sigma: float, tolerance: float | None = None) -> float:  # noqa: D102
+        return _stamp_radius(self.half_light_radius, self.index, self.ellipticity, psf_sigma, tolerance)
 
 
 class SersicMorphology(AbstractSersicMorphology):
@@ -344,12 +345,52 @@ class MultiGaussianMorphology(AbstractRingMorphology):
     def shape(self):  # noqa: D102
         return self.ellipticity
 
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
+    def radius(self, psf_sigma: float, tolerance: float | None = None) -> float:  # noqa: D102
         widest = float(np.asarray(self.sigmas)[-1]) * HALF_LIGHT_PER_SIGMA
-        return _stamp_radius(widest, 0.5, self.ellipticity, psf_sigma)
+        return _stamp_radius(widest, 0.5, self.ellipticity, psf_sigma, tolerance)
 
 
-class PixelMorphology(AbstractMorphology):
+class AbstractImageMorphology(AbstractMorphology):
+    """A free image: non-negative values, each with its place on a stamp, that it is linear in.
+
+    Image and values have unit sum. It follows its source by whole pixels. Constructed from (values, anchor, envelope).
+    """
+
+    envelope: eqx.AbstractVar[np.ndarray | None]
+    anchor: eqx.AbstractVar[tuple[int, int]]
+
+    @property
+    @abstractmethod
+    def values(self) -> np.ndarray | Array:
+        """The parameter: an array of shape (..., h, w) that fits move as one block."""
+
+    @abstractmethod
+    def padded(self, shape: tuple[int, int], offset: tuple[int, int]) -> AbstractImageMorphology:
+        """Return the same image at rows and columns `offset` onwards of a larger stamp of zeros, without envelope."""
+
+    @abstractmethod
+    def prior(self) -> dist.Normal | None:
+        """Return the default prior of the values."""
+
+    @abstractmethod
+    def curvature(self, pixels: Float[Array, "h w"]) -> Float[Array, "*plane h w"]:
+        """Return a diagonal that bounds the curvature of a function of the values, from one that does so for the pixels."""
+
+    def with_values(self, values) -> AbstractImageMorphology:
+        """Return the morphology with other values, scaled to unit sum."""
+        return type(self)(values, self.anchor, self.envelope)  # pyright: ignore[reportCallIssue]
+
+    def grown(self, shape: tuple[int, int], offset: tuple[int, int]) -> AbstractImageMorphology:
+        """Return an image that may have light on all of a larger stamp, with the same values and an envelope that goes on."""
+        anchor = (self.anchor[0] + offset[0], self.anchor[1] + offset[1])
+        envelope = None if self.envelope is None else placed(self.envelope, shape, offset, is_ramp=True)
+        return type(self)(placed(self.values, shape, offset), anchor, envelope)  # pyright: ignore[reportCallIssue]
+
+    def radius(self, psf_sigma: float, tolerance: float | None = None) -> float:  # noqa: D102
+        return max(self.values.shape[-2:]) / 2
+
+
+class PixelMorphology(AbstractImageMorphology):
     """A free image of non-negative model pixels, as it appears through the model PSF; scaled to unit sum.
 
     Parameters
@@ -384,46 +425,60 @@ class PixelMorphology(AbstractMorphology):
                 + (f", sum {image.sum():.3g}." if image.ndim == 2 else ".")
             )
         self.image = image / image.sum()
-        self.envelope = None if envelope is None else _as_envelope(envelope, image.shape)
+        self.envelope = None if envelope is None else as_envelope(envelope, image.shape)
         self.anchor = (image.shape[0] // 2, image.shape[1] // 2) if anchor is None else (int(anchor[0]), int(anchor[1]))
+
+    @property
+    def values(self):  # noqa: D102
+        return self.image
 
     def evaluate(self, y, x, psf_sigma):  # noqa: D102
         return jnp.asarray(self.image)
 
-    def padded(self, shape: tuple[int, int], offset: tuple[int, int]) -> PixelMorphology:
-        """Return the image placed at rows and columns `offset` onwards of a larger stamp of zeros."""
-        image = np.zeros(shape)
-        height, width = self.image.shape
-        image[offset[0] : offset[0] + height, offset[1] : offset[1] + width] = self.image
-        return PixelMorphology(image, anchor=(0, 0))
+    def padded(self, shape, offset):  # noqa: D102
+        blank = PixelMorphology(np.ones(shape), anchor=(0, 0))
+        return eqx.tree_at(lambda m: m.image, blank, placed(self.image, shape, offset))
 
-    def radius(self, psf_sigma: float) -> float:  # noqa: D102
-        return max(self.image.shape) / 2
+    def prior(self):  # noqa: D102
+        if self.envelope is None:
+            return None
+        floor = ENVELOPE_FLOOR * self.envelope.max()
+        return dist.Normal(self.envelope, ENVELOPE_SCATTER * np.maximum(self.envelope, floor))
 
-
-CORE_FLUX_TOLERANCE = 1e-5
-"""Fraction of the flux of a Gaussian that may fall outside its stamp."""
-
-
-def _stamp_radius(half_light_radius, index, ellipticity, psf_sigma, tolerance=STAMP_FLUX_TOLERANCE) -> float:
-    """Return the half-size of a stamp for a Sersic profile through the model PSF."""
-    norm = min(float(np.hypot(*np.asarray(ellipticity, dtype=float))), 0.999)
-    major = float(half_light_radius) * ((1 + norm) / (1 - norm)) ** 0.25
-    n = float(np.clip(index, *profiles.SERSIC_RANGE))
-    extent = (scipy.special.gammaincinv(2 * n, 1 - tolerance) / profiles.sersic_b(n)) ** n
-    core = np.hypot(min(major, profiles.COMPACT_RINGS[1]), psf_sigma)
-    ringing = profiles.ringing_radius(core) + profiles.RINGING_FADE
-    return float(max(np.hypot(major * extent, psf_sigma * profiles.CORE_EXTENT), ringing))
+    def curvature(self, pixels):  # noqa: D102
+        return pixels
 
 
-def _as_envelope(envelope, shape):
-    """Return an envelope of unit sum."""
+def as_envelope(envelope, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an envelope of unit sum; ValueError if it has another shape, or holds no light."""
     envelope = np.asarray(envelope, dtype=float)
     if envelope.shape != shape or not np.isfinite(envelope).all() or envelope.min() < 0 or not envelope.sum() > 0:
         raise ValueError(
             f"An envelope is finite, non-negative and not zero, with the shape {shape} of the image; got {envelope.shape}."
         )
     return envelope / envelope.sum()
+
+
+def placed(values, shape: tuple[int, int], offset: tuple[int, int], *, is_ramp: bool = False) -> np.ndarray:
+    """Return images (..., y, x) at rows and columns `offset` onwards of larger ones, of zeros or falling to zero at the edges."""
+    values = np.asarray(values, dtype=float)
+    margins = [(o, n - o - k) for o, n, k in zip(offset, shape, values.shape[-2:], strict=True)]
+    return np.pad(values, [(0, 0)] * (values.ndim - 2) + margins, mode="linear_ramp" if is_ramp else "constant")
+
+
+CORE_FLUX_TOLERANCE = 1e-5
+"""Fraction of the flux of a Gaussian that may fall outside its stamp."""
+
+
+def _stamp_radius(half_light_radius, index, ellipticity, psf_sigma, tolerance: float | None = None) -> float:
+    """Return the half-size of a stamp for a Sersic profile through the model PSF."""
+    norm = min(float(np.hypot(*np.asarray(ellipticity, dtype=float))), 0.999)
+    major = float(half_light_radius) * ((1 + norm) / (1 - norm)) ** 0.25
+    n = float(np.clip(index, *profiles.SERSIC_RANGE))
+    extent = (scipy.special.gammaincinv(2 * n, 1 - (tolerance or STAMP_FLUX_TOLERANCE)) / profiles.sersic_b(n)) ** n
+    core = np.hypot(min(major, profiles.COMPACT_RINGS[1]), psf_sigma)
+    ringing = profiles.ringing_radius(core) + profiles.RINGING_FADE
+    return float(max(np.hypot(major * extent, psf_sigma * profiles.CORE_EXTENT), ringing))
 
 
 def _as_array(value, shape):

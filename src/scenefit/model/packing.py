@@ -8,7 +8,7 @@ compile time does not depend on how many sources there are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import equinox as eqx
 import jax
@@ -21,12 +21,13 @@ from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers
 from scenefit.arrays.stamps import add_stamps, bucket_count, bucket_size
 from scenefit.model.link import AbstractLink
-from scenefit.model.morphology import PixelMorphology, in_channels, links, with_arrays
+from scenefit.model.morphology import AbstractImageMorphology, in_channels, links, with_arrays
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 
-MAX_ROOM = 2.5
-"""The stamps of profiles are at most by this ratio larger than need be."""
+MAX_ROOM, ROOM_CANVASES = 2.5, 4
+"""The stamps of profiles are at most by this ratio larger than need be, as long as they have no more than so many pixels in all, in
+units of the canvas."""
 SPARE_CANVASES = 3
 """Pixels, in units of the canvas, that stamps may be padded by to have fewer distinct sizes."""
 
@@ -141,29 +142,38 @@ class Member(eqx.Module):
     offset: tuple[int, int] = eqx.field(static=True)
     flux_unit: np.ndarray
 
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the padded stamp that are the true one."""
+        (y, x), (height, width) = self.offset, self.box.shape
+        return slice(y, y + height), slice(x, x + width)
 
-def component_box(component: Source, frame: Frame, room: float = 1.0) -> Box:
+
+def component_box(component: Source, frame: Frame, room: float = 1.0, tolerance: float | None = None) -> Box:
     """Return the stamp of a component on the model frame; empty if it lies outside.
 
-    That of a profile is by the factor `room` larger than need be, so that it holds the profile when that has grown.
+    That of a profile is by the factor `room` larger than need be, so that it holds the profile when that has grown; all but a
+    fraction `tolerance` of its light lies within (see `AbstractMorphology.radius`).
     """
     morphology = component.morphology
-    if isinstance(morphology, PixelMorphology):
+    if isinstance(morphology, AbstractImageMorphology):
         corner = [int(np.rint(c)) - a for c, a in zip(np.asarray(component.center), morphology.anchor, strict=True)]
-        height, width = morphology.image.shape
+        height, width = morphology.values.shape[-2:]
         return Box((height, width), (corner[0], corner[1]))
     shapes = in_channels(morphology, frame.channels)
-    radius = room * max(shape.radius(model_psf_sigma(frame)) for shape in shapes)
+    radius = room * max(shape.radius(model_psf_sigma(frame), tolerance) for shape in shapes)
     # Not more than reaches over the whole frame.
     half = int(np.ceil(min(radius, 2 * max(frame.box.shape))))
     return Box.around(tuple(np.asarray(component.center, float)), half).intersection(frame.box)
 
 
 def _room(components, frame) -> float:
-    """Return by how much the stamps of profiles can be larger than need be without their pixels outweighing the canvas."""
-    analytic = [component for _, component in components if not isinstance(component.morphology, PixelMorphology)]
+    """Return by how much the stamps of profiles can be larger than need be."""
+    analytic = [
+        component for _, component in components if not isinstance(component.morphology, AbstractImageMorphology)
+    ]
     pixels = sum(np.prod(component_box(component, frame).shape) for component in analytic)
-    return float(np.clip(np.sqrt(np.prod(frame.fft_shape) / max(pixels, 1)), 1.0, MAX_ROOM))
+    return float(np.clip(np.sqrt(ROOM_CANVASES * np.prod(frame.fft_shape) / max(pixels, 1)), 1.0, MAX_ROOM))
 
 
 def model_psf_sigma(frame: Frame) -> float:
@@ -177,6 +187,7 @@ def pack(
     flux_unit: np.ndarray | None = None,
     *,
     whole_frame: bool = False,
+    roomy: Collection[str] = (),
 ) -> tuple[list[Stack], list[Member]]:
     """Pack components into stacks.
 
@@ -188,6 +199,8 @@ def pack(
         Unit of the flux in each channel of the model image; 1 by default.
     whole_frame : bool
         Whether the stamps of profiles cover the frame, whatever their size.
+    roomy : collection of str
+        Paths of profiles whose stamps are larger than need be by `MAX_ROOM`, whatever that costs.
 
     Returns
     -------
@@ -205,7 +218,7 @@ def pack(
     placed = []
     room = np.inf if whole_frame else _room(components, frame)
     for path, component in components:
-        box = component_box(component, frame, room)
+        box = component_box(component, frame, max(room, MAX_ROOM) if path in roomy else room)
         inner = box.intersection(frame.box)
         if inner.is_empty or (inner.shape != box.shape):
             raise ValueError(
@@ -255,7 +268,8 @@ def merged_buckets(sides: Sequence[int], spare: int) -> list[int]:
 def _stack_key(component, shape):
     """Return what components of one stack have in common."""
     morphology = component.morphology
-    shapes = () if isinstance(morphology, PixelMorphology) else _leaf_shapes(morphology)
+    is_image = isinstance(morphology, AbstractImageMorphology)
+    shapes = morphology.values.shape[:-2] if is_image else _leaf_shapes(morphology)
     return type(morphology).__name__, shapes, shape, component.spectrum.flux.shape[0]
 
 
@@ -290,7 +304,7 @@ def _build_stack(rows, shape, unit, channels) -> Stack:
         index[n] = np.maximum(layout, 0)
         gain[n] = np.where(layout >= 0, member.flux_unit[index[n]] / unit, 0.0)
         center[n], origin[n] = np.asarray(component.center, float), corner
-        mask[(n, *_window(member))] = True
+        mask[(n, *member.window)] = True
     return Stack(
         morphology=_stacked_morphologies(rows, mask.shape),
         bases=_stacked_bases(rows, count, channels),
@@ -303,23 +317,15 @@ def _build_stack(rows, shape, unit, channels) -> Stack:
     )
 
 
-def _window(member: Member) -> tuple[slice, slice]:
-    """Return where the true stamp lies on the padded one."""
-    (y, x), (height, width) = member.offset, member.box.shape
-    return slice(y, y + height), slice(x, x + width)
-
-
 def _stacked_morphologies(rows, shape):
     """Return the morphologies of one kind as a single one, its leaves stacked; images placed on the padded stamps."""
     first = rows[0][0].morphology
-    if isinstance(first, PixelMorphology):
-        images = np.zeros(shape)
-        for n, (component, member, *_) in enumerate(rows):
-            images[(n, *_window(member))] = component.morphology.image
-        blank = PixelMorphology(np.ones((1, 1)), anchor=(0, 0))
-        return eqx.tree_at(lambda m: m.image, blank, as_floats(images))
-    morphologies = [with_arrays(component.morphology) for component, *_ in rows]
-    morphologies += morphologies[:1] * (shape[0] - len(rows))
+    if isinstance(first, AbstractImageMorphology):
+        morphologies = [component.morphology.padded(shape[1:], member.offset) for component, member, *_ in rows]
+        morphologies += [jax.tree.map(np.zeros_like, morphologies[0])] * (shape[0] - len(rows))
+    else:
+        morphologies = [with_arrays(component.morphology) for component, *_ in rows]
+        morphologies += morphologies[:1] * (shape[0] - len(rows))
     return jax.tree.map(lambda *leaves: as_floats(np.stack([np.asarray(x, float) for x in leaves])), *morphologies)
 
 

@@ -109,7 +109,7 @@ class Parameters(eqx.Module):
     def default(cls, scene, observations) -> Parameters:
         """Build the natural choice: fluxes and shapes free; centers free except for free-pixel images; images fixed in place.
 
-        The center of a `PixelMorphology` is fixed because its pixels can move the light themselves. Offsets and
+        The center of a free image is fixed because its values can move the light themselves. Offsets and
         backgrounds of the observations are fixed, parameters of their noise are free.
         """
         table = {}
@@ -208,7 +208,7 @@ class Parameters(eqx.Module):
                     raise ValueError(
                         f"Only parameters of one shape and constraint can be tied; {first!r} and {name!r} differ."
                     )
-                if name.endswith(".image"):
+                if is_image(name):
                     raise ValueError(
                         f"Images can't be tied ({name!r}); use one source with both spectra's sum instead."
                     )
@@ -265,14 +265,22 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
         return False
 
 
-ENVELOPE_SCATTER = 4.0
-"""Standard deviation of a free pixel around its envelope, as a fraction of the envelope."""
-_UNITS = {"half_light_radius": "pixel", "image": ""}
+IMAGES = ("image", "coefficients")
+"""Names of the parameters that make up free images."""
+ENVELOPE_SCATTER, ENVELOPE_FLOOR = 4.0, 1e-6
+"""Standard deviation of a free pixel around its envelope, as a fraction of the envelope; of no less than so much of its peak."""
+_UNITS = {"half_light_radius": "pixel"}
+
+
+def is_image(path: str) -> bool:
+    """Return whether a path is that of a free image."""
+    branch, _, name = path.rpartition(".")
+    return name in IMAGES and branch.endswith(".morphology")
 
 
 def _component_parameters(path, component) -> dict[str, Parameter]:
     """Return the parameters of one component by path."""
-    pixels = "image" in component.morphology.constraints
+    pixels = any(name in IMAGES for name in component.morphology.constraints)
     table = {
         f"{path}.center": Parameter(f"{path}.center", (2,), not pixels, constraints.real, unit="pixel"),
         f"{path}.spectrum.flux": Parameter(
@@ -310,14 +318,6 @@ that look like a sky, and bright ones hardly feel it."""
 
 def _default_prior(name, morphology) -> dist.Distribution | None:
     """Return the prior that a parameter of a morphology has if no other is given."""
-    if name == "image":
-        return _envelope_prior(morphology)
+    if name in IMAGES:
+        return morphology.prior()
     return dist.HalfCauchy(RING_SCALE) if name == "amplitudes" else None
-
-
-def _envelope_prior(morphology) -> dist.Distribution | None:
-    """Return the prior of the pixels of an image around its envelope, if it has one."""
-    if morphology.envelope is None:
-        return None
-    floor = 1e-6 * morphology.envelope.max()
-    return dist.Normal(morphology.envelope, ENVELOPE_SCATTER * np.maximum(morphology.envelope, floor))

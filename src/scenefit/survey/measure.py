@@ -11,6 +11,7 @@ import scipy.optimize
 from scipy import ndimage
 
 from scenefit.infer.progress import with_progress
+from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
@@ -97,7 +98,7 @@ def measure_shapes(
                 "c,cyx->yx", flux, np.broadcast_to(stamp, (len(flux), *stamp.shape[1:]))
             )
         first = next(iter(source.components("")))[1]
-        is_analytic = isinstance(source, Source) and "image" not in source.morphology.constraints
+        is_analytic = isinstance(source, Source) and not isinstance(source.morphology, AbstractImageMorphology)
         start = np.asarray(first.center, dtype=float) - box.origin
         shape = _measure_image(image, start, sigma, is_analytic)
         result.append(Shape(shape.center + box.origin, shape.half_light_radius, shape.moments))

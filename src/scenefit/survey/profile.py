@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import astropy.units as u
 import equinox as eqx
 import jax
@@ -13,8 +15,9 @@ from scenefit.infer.sample import Posterior
 from scenefit.model.morphology import links
 from scenefit.sky import units
 from scenefit.sky.frame import Channel, Frame, pixel_scale_of
-from scenefit.survey.ellipses import GrowthTable, axis_ratio, outermost_fall
+from scenefit.survey.ellipses import TABLE_STEP, GrowthTable, axis_ratio, outermost_fall
 from scenefit.survey.parts import (
+    Part,
     RadialLight,
     common_ellipses,
     default_radii,
@@ -368,37 +371,62 @@ def profile(
     are rendered (`scenefit.arrays.profiles`): good to 1e-5 of the central surface brightness for indices from 1 to 6, to 1e-3 for
     0.5, so that the faint outskirts of such a profile, beyond three half-light radii, mean nothing.
     """
-    if not isinstance(fitted, FitResult | Posterior):
-        raise TypeError(f"A profile is made from a FitResult or a Posterior; got a {type(fitted).__name__}.")
-    result = fitted.result if isinstance(fitted, Posterior) else fitted
-    frame, base = result.scene.frame, f"sources.{name.removeprefix('sources.')}"
-    widths = _psf_widths(result, psf_sigma, observation)
+    return profiles([fitted], name, radii=radii, psf_sigma=psf_sigma, observation=observation)[0]
+
+
+def profiles(
+    fits: Sequence[FitResult | Posterior], name: str, *, radii=None, psf_sigma=None, observation: str | None = None
+) -> list[Profile]:
+    """Return the profiles (see `profile`) of one source in several fits with the same frame, at the same radii."""
+    if wrong := [each for each in fits if not isinstance(each, FitResult | Posterior)]:
+        raise TypeError(f"A profile is made from a FitResult or a Posterior; got a {type(wrong[0]).__name__}.")
+    results = [each.result if isinstance(each, Posterior) else each for each in fits]
+    frame, base = results[0].scene.frame, f"sources.{name.removeprefix('sources.')}"
     axes = None if radii is None else _check_radii(radii, frame)
-    components = find_components(result.scene, base)
+    parts = [_parts(each, result, base) for each, result in zip(fits, results, strict=True)]
+    ellipses = [common_ellipses(list(own.values())) for own in parts]
+    ends = [table_radii(list(own.values()), *at, axes)[[0, -1]] for own, at in zip(parts, ellipses, strict=True)]
+    low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    log_radius = low + TABLE_STEP * np.arange(int(np.ceil((high - low) / TABLE_STEP - 1e-6)) + 1)
+    tables = [
+        {label: part.table(log_radius, *at) for label, part in own.items()}
+        for own, at in zip(parts, ellipses, strict=True)
+    ]
+    if axes is None:
+        every = [(table[label], part) for own, table in zip(parts, tables, strict=True) for label, part in own.items()]
+        shapes = np.concatenate([ellipticity for _, ellipticity in ellipses])
+        axes = default_radii([table for table, _ in every], [part for _, part in every], shapes)
+    found = []
+    for fitted, result, own, (center, ellipticity), table in zip(fits, results, parts, ellipses, tables, strict=True):
+        widths = _psf_widths(result, psf_sigma, observation)
+        lights = {n: part.radial_light(table[n], axes, center, ellipticity, widths) for n, part in own.items()}
+        found.append(
+            Profile(
+                name=base.removeprefix("sources."),
+                channels=frame.channels,
+                radius=axes,
+                total=jax.tree.map(lambda *each: sum(each[1:], each[0]), *lights.values()),
+                components=lights,
+                center=center,
+                ellipticity=np.broadcast_to(ellipticity, (len(center), len(frame.channels), 2)),
+                psf_sigma=widths,
+                pixel_scale=frame.pixel_scale,
+                is_calibrated=all(obs.flux_unit == "nJy" for obs in result.observations),
+                is_sampled=isinstance(fitted, Posterior),
+                tables=table,
+            )
+        )
+    return found
+
+
+def _parts(fitted: FitResult | Posterior, result: FitResult, base: str) -> dict[str, Part]:
+    """Return the components of a source, by what is left of their paths."""
+    channels, components, parts = result.scene.frame.channels, find_components(result.scene, base), {}
     is_linked = any(links(each.morphology) for each in components.values())
-    parts = {}
     for path, component in components.items():
         label = path.removeprefix(base).replace(".parts.", ".").strip(".") or base.rpartition(".")[2]
-        parts[label] = part_of(fitted, frame.channels, path, component, len(frame.channels) if is_linked else 1)
-    center, ellipticity = common_ellipses(list(parts.values()))
-    log_radius = table_radii(list(parts.values()), center, ellipticity, axes)
-    tables = {label: part.table(log_radius, center, ellipticity) for label, part in parts.items()}
-    axes = default_radii(list(tables.values()), list(parts.values()), ellipticity) if axes is None else axes
-    lights = {n: part.radial_light(tables[n], axes, center, ellipticity, widths) for n, part in parts.items()}
-    return Profile(
-        name=base.removeprefix("sources."),
-        channels=frame.channels,
-        radius=axes,
-        total=jax.tree.map(lambda *each: sum(each[1:], each[0]), *lights.values()),
-        components=lights,
-        center=center,
-        ellipticity=np.broadcast_to(ellipticity, (len(center), len(frame.channels), 2)),
-        psf_sigma=widths,
-        pixel_scale=frame.pixel_scale,
-        is_calibrated=all(obs.flux_unit == "nJy" for obs in result.observations),
-        is_sampled=isinstance(fitted, Posterior),
-        tables=tables,
-    )
+        parts[label] = part_of(fitted, channels, path, component, len(channels) if is_linked else 1)
+    return parts
 
 
 def quantiles(values: np.ndarray) -> np.ndarray:

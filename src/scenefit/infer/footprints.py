@@ -1,0 +1,289 @@
+"""Which free coordinates move which pixels: where the derivatives of the model lie in every observation.
+
+A component's parameters move the pixels of its footprint alone. Components whose footprints are apart are differentiated
+together (they have one color), and only pairs of components whose footprints overlap have a product of derivatives: N
+galaxies cost N times what one costs, not N^2 or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, Int
+
+from scenefit.arrays.box import Box
+from scenefit.arrays.compilation import as_integers
+from scenefit.arrays.stamps import bucket_size
+from scenefit.data.observation import Observation
+from scenefit.infer.posterior import Layout
+from scenefit.infer.problem import Leaf, Problem
+from scenefit.model.packing import component_box
+from scenefit.model.scene import Scene
+from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
+
+CORE_LIGHT, CORE_ROOM, CORE_WINGS = 0.2, 2.0, 4.0
+"""The core of a profile is by this ratio larger than what holds all but this fraction of its light; around it PSFs count up to so
+many standard deviations. Nearly all of the curvature of the loss comes from there."""
+
+
+class Pairs(eqx.Module):
+    """Pairs of components whose footprints overlap in an observation; each component with itself first.
+
+    Attributes
+    ----------
+    members : array of int, shape (p, 2)
+        Numbers of the components.
+    box : array of int, shape (p, 4)
+        First and last+1 row, first and last+1 column of what both cover, in the observation's window.
+    num_single, count : int
+        How many components there are, and how many pairs; what follows is padding.
+    window : (int, int)
+        Rows and columns that hold every box.
+    """
+
+    members: Int[Array, "p 2"]
+    box: Int[Array, "p 4"]
+    num_single: Int[Array, ""]
+    count: Int[Array, ""]
+    window: tuple[int, int] = eqx.field(static=True)
+
+
+class Footprints(eqx.Module):
+    """Where the derivatives along the free coordinates lie.
+
+    The parameters of a component's shape are its first slots, all of its fluxes are the last one.
+
+    Attributes
+    ----------
+    index : array of int, shape (m,)
+        The free coordinates.
+    places : array of int, shape (member, slot, channel)
+        Which of them is in a slot of a component, by channel of the model; m for none. Members are numbered through all stacks.
+    own_places : tuple of arrays of int, shape (g,)
+        The same for the parameters of each observation.
+    element_places : array of int, shape (e,)
+        The same for every element.
+    color : array of int, shape (member,)
+        Components of one color are apart from one another in all observations.
+    num_colors : int
+    colors : array of int
+        0, 1, ...: as many as there is room for.
+    cores : tuple of (array of int, shape (n, 2)) or None
+        For each stack, the first pixel of the part of each stamp that is differentiated; None for all of it.
+    core_sizes : tuple of ((int, int) or None)
+        Its shape.
+    pairs : tuple of Pairs
+        For each observation.
+    """
+
+    index: Int[Array, " m"]
+    places: Int[Array, "member slot channel"]
+    own_places: tuple[Int[Array, " _"], ...]
+    element_places: Int[Array, " e"]
+    color: Int[Array, " member"]
+    num_colors: Int[Array, ""]
+    colors: Int[Array, " k"]
+    cores: tuple[Int[Array, "n 2"] | None, ...]
+    core_sizes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
+    pairs: tuple[Pairs, ...]
+
+    def __len__(self):
+        return len(self.index)
+
+
+def footprints(
+    problem: Problem, layout: Layout, scene: Scene, observations: Sequence[Observation], *, cores: bool = False
+) -> Footprints:
+    """Return the footprints of the free coordinates.
+
+    Parameters
+    ----------
+    problem : Problem
+    layout : Layout
+        Of the problem, as `posterior.build` gives it.
+    scene : Scene
+    observations : sequence of Observation
+        Matched.
+    cores : bool
+        Whether to leave the faint outskirts of profiles and PSFs out, which add hardly anything to the curvature of the loss.
+    """
+    index = np.unique(np.asarray(problem.index))
+    index = index[np.asarray(problem.free.vector)[index]]
+    starts = np.concatenate([[0], np.cumsum([len(stack.origin) for stack in problem.stacks])]).astype(int)
+    numbers = np.array([starts[member.stack] + member.row for member in layout.members], int)
+    boxes = [member.box for member in layout.members]
+    origins, sizes = [None] * len(problem.stacks), [None] * len(problem.stacks)
+    if cores:
+        pairs = zip(layout.members, scene.components(), strict=True)
+        boxes = [
+            component_box(component, scene.frame, CORE_ROOM, CORE_LIGHT).intersection(member.box)
+            for member, (_, component) in pairs
+        ]
+        origins, sizes = _crops(problem, layout, boxes)
+    covered = [covered_pixels(boxes, scene.frame, obs, cores=cores) for obs in observations]
+    color = np.zeros(starts[-1], int)
+    color[numbers] = disjoint_colors(np.concatenate(covered, axis=1)) if boxes else 0
+    num_colors = int(color.max(initial=0)) + 1
+    element_places = _element_places(problem, index)
+    places, own_places = _places(problem, element_places, len(index), starts)
+    return Footprints(
+        index=as_integers(index),
+        places=as_integers(places),
+        own_places=tuple(as_integers(own) for own in own_places),
+        element_places=as_integers(element_places),
+        color=as_integers(color),
+        num_colors=as_integers(num_colors),
+        colors=as_integers(np.arange(_room(num_colors))),
+        cores=tuple(origins),
+        core_sizes=tuple(sizes),
+        pairs=tuple(
+            _pairs(numbers, part, image.data.shape[1:]) for part, image in zip(covered, problem.images, strict=True)
+        ),
+    )
+
+
+def _room(count: int) -> int:
+    """Return the next power of 2: few distinct shapes; the padding costs memory alone."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def slot_of_elements(problem: Problem) -> tuple[np.ndarray, int]:
+    """Return the slot of every element of a component's parameters, -1 for those of observations, and the slot of fluxes."""
+    slot = np.full(problem.index.shape, -1)
+    count: dict[int, int] = {}
+    for leaf in problem.leaves:
+        if leaf.kind == "stack" and leaf.name != "flux":
+            rows = leaf.elements()
+            first = count.get(leaf.number, 0)
+            slot[rows] = first + np.arange(rows.shape[1])
+            count[leaf.number] = first + rows.shape[1]
+    of_flux = max(count.values(), default=0)
+    for leaf in problem.leaves:
+        if leaf.kind == "stack" and leaf.name == "flux":
+            slot[leaf.start : leaf.stop] = of_flux
+    return slot, of_flux
+
+
+def own_leaves(problem: Problem, number: int) -> list[Leaf]:
+    """Return the leaves of an observation."""
+    return [leaf for leaf in problem.leaves if leaf.kind == "image" and leaf.number == number]
+
+
+def _element_places(problem: Problem, index: np.ndarray) -> np.ndarray:
+    """Return `Footprints.element_places`."""
+    place_of = np.full(len(problem.lowest.vector), len(index))
+    place_of[index] = np.arange(len(index))
+    return place_of[np.asarray(problem.index)]
+
+
+def _places(problem: Problem, place_of: np.ndarray, none: int, starts: np.ndarray):
+    """Return `Footprints.places` and `Footprints.own_places`, from those of the elements."""
+    slot, of_flux = slot_of_elements(problem)
+    places = np.full((starts[-1], of_flux + 1, problem.canvas[0]), none)
+    for leaf in problem.leaves:
+        if leaf.kind != "stack":
+            continue
+        first, elements = starts[leaf.number], leaf.elements()
+        members = np.arange(first, first + len(elements))[:, None]
+        if leaf.name == "flux":
+            stack = problem.stacks[leaf.number]
+            shown = np.take_along_axis(place_of[elements], np.asarray(stack.flux_index), axis=1)
+            places[members[:, 0], of_flux] = np.where(np.asarray(stack.flux_gain) != 0, shown, none)
+        else:
+            places[members, slot[elements]] = place_of[elements][..., None]
+    own = [
+        np.concatenate([place_of[leaf.start : leaf.stop] for leaf in own_leaves(problem, number)] or [np.zeros(0, int)])
+        for number in range(len(problem.images))
+    ]
+    return places, own
+
+
+def _crops(problem: Problem, layout: Layout, boxes: Sequence[Box]):
+    """Return, for each stack, where the cores begin on the canvas and their common size, or None where they are all of it."""
+    origins, sizes = [], []
+    for number, stack in enumerate(problem.stacks):
+        limit = stack.mask.shape[1:]
+        rows = [(m.row, box) for m, box in zip(layout.members, boxes, strict=True) if m.stack == number]
+        side = bucket_size(max(max(box.shape) for _, box in rows))
+        size = tuple(min(side, most) for most in limit)
+        if size == limit:
+            origins.append(None)
+            sizes.append(None)
+            continue
+        first = np.array(stack.origin)
+        for row, box in rows:
+            last = first[row] + np.array(limit) - size
+            middle = [o + (n - s) // 2 for o, n, s in zip(box.origin, box.shape, size, strict=True)]
+            first[row] = np.clip(middle, first[row], last)
+        origins.append(as_integers(first))
+        sizes.append(size)
+    return origins, sizes
+
+
+def covered_pixels(boxes: Sequence[Box], frame: Frame, obs: Observation, *, cores: bool = False) -> np.ndarray:
+    """Return (y0, y1, x0, x1) of what boxes of the frame cover in an observation's window, PSF included, shape (box, 4)."""
+    window = obs.matched_renderer.window
+    scale = 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
+    reach = min(obs.psf.extent, CORE_WINGS * obs.psf.effective_sigma.max()) if cores else obs.psf.extent
+    ends = np.array([(*box.origin, *box.stop) for box in boxes], float).reshape(-1, 4)
+    corners = pixel_map(frame.wcs, obs.wcs, ends[:, [0, 0, 2, 2]], ends[:, [1, 3, 1, 3]])
+    margin = reach + 2 + 2 * scale
+    low = np.floor(corners.min(axis=1) - margin).astype(int) - window.origin
+    high = np.ceil(corners.max(axis=1) + margin).astype(int) + 1 - window.origin
+    low, high = np.clip(low, 0, window.shape), np.clip(high, 0, window.shape)
+    return np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], axis=-1)
+
+
+def _intersections(covered: np.ndarray) -> np.ndarray:
+    """Return what every two of the boxes (member, 4) share, shape (member, member, 4)."""
+    y0, y1, x0, x1 = covered.T
+    return np.stack(
+        [
+            np.maximum(y0[:, None], y0),
+            np.minimum(y1[:, None], y1),
+            np.maximum(x0[:, None], x0),
+            np.minimum(x1[:, None], x1),
+        ],
+        axis=-1,
+    )
+
+
+def _is_empty(boxes: np.ndarray) -> np.ndarray:
+    """Return which boxes (..., 4) hold no pixel."""
+    return (boxes[..., 0] >= boxes[..., 1]) | (boxes[..., 2] >= boxes[..., 3])
+
+
+def _pairs(numbers: np.ndarray, covered: np.ndarray, shape: tuple[int, int]) -> Pairs:
+    """Return the pairs of components that share pixels of an observation."""
+    shared = _intersections(covered)
+    some = ~_is_empty(shared)
+    single = np.nonzero(np.diagonal(some))[0]
+    first, second = (np.concatenate([single, others]) for others in np.nonzero(np.triu(some, 1)))
+    boxes = shared[first, second]
+    members = np.stack([numbers[first], numbers[second]], axis=-1).reshape(-1, 2)
+    sides = boxes[:, [1, 3]] - boxes[:, [0, 2]]
+    largest = sides.max(axis=0, initial=1)
+    window = tuple(min(bucket_size(int(side)), limit) for side, limit in zip(largest, shape, strict=True))
+    padding = _room(max(len(boxes), 1)) - len(boxes)
+    return Pairs(
+        members=as_integers(np.pad(members, ((0, padding), (0, 0)))),
+        box=as_integers(np.pad(boxes, ((0, padding), (0, 0)))),
+        num_single=as_integers(len(single)),
+        count=as_integers(len(boxes)),
+        window=window,
+    )
+
+
+def disjoint_colors(covered: np.ndarray) -> np.ndarray:
+    """Return numbers such that components of one number have disjoint boxes (member, 4 x observation) everywhere (greedy)."""
+    count = len(covered)
+    overlap = np.zeros((count, count), bool)
+    for boxes in covered.reshape(count, -1, 4).swapaxes(0, 1):
+        overlap |= ~_is_empty(_intersections(boxes))
+    colors = np.full(count, -1)
+    for number in range(count):
+        taken = set(colors[overlap[number]]) - {-1}
+        colors[number] = next(color for color in range(count) if color not in taken)
+    return colors
