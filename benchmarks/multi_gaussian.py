@@ -31,21 +31,21 @@ NUM_RINGS, WIDTHS = 9, (0.75, 50.0)
 GALAXY, SKY = "sources.galaxy", "observations.i"
 QUANTITIES = ("flux", "r20", "r50", "r80", "r90", "C80_20", "C90_50")
 # What the fit should meet, in percent of the truth.
-TARGETS = dict(zip(QUANTITIES, (0.5, 2.0, 1.0, 1.0, 2.0, 2.0, 2.0)))
+TARGETS = dict(zip(QUANTITIES, (0.5, 2.0, 1.0, 1.0, 2.0, 2.0, 2.0), strict=True))
 
 
 def truth():
     """Return flux, semi-major radii and concentrations of the galaxy."""
     b = scipy.special.gammaincinv(2 * INDEX, 0.5)
-    r20, r50, r80, r90 = (
-        RADIUS * (scipy.special.gammaincinv(2 * INDEX, f) / b) ** INDEX for f in (0.2, 0.5, 0.8, 0.9)
-    )
-    return dict(zip(QUANTITIES, (FLUX, r20, r50, r80, r90, r80 / r20, r90 / r50)))
+    r20, r50, r80, r90 = (RADIUS * (scipy.special.gammaincinv(2 * INDEX, f) / b) ** INDEX for f in (0.2, 0.5, 0.8, 0.9))
+    return dict(zip(QUANTITIES, (FLUX, r20, r50, r80, r90, r80 / r20, r90 / r50), strict=True))
 
 
 def simulate():
     """Return the image without noise, the PSF by itself, and the PSF with the pixel."""
-    accuracy = galsim.GSParams(folding_threshold=1e-4, maxk_threshold=1e-4, kvalue_accuracy=1e-6, maximum_fft_size=20000)
+    accuracy = galsim.GSParams(
+        folding_threshold=1e-4, maxk_threshold=1e-4, kvalue_accuracy=1e-6, maximum_fft_size=20000
+    )
     y, x = np.mgrid[-15:16, -15:16]
     stamp = (1 + (x**2 + y**2) / 9.0) ** -3.0
     stamp /= stamp.sum()
@@ -150,8 +150,9 @@ def main():
         peer = record["imcascade"] = run_peer(options.peer_python, noisy(clean, 1001), stamp)
         own = {name: taken[1] for name, taken in seconds.items()}
         print(
-            f"imcascade: least squares {peer['least_squares_s']:.1f} s, 'express' sampling {peer['posterior_s']:.1f} s; ours take "
-            f"{own['least squares'] / peer['least_squares_s']:.4f} and {own['posterior'] / peer['posterior_s']:.4f} of that"
+            f"imcascade: least squares {peer['least_squares_s']:.1f} s, 'express' sampling {peer['posterior_s']:.1f} s; "
+            f"ours take {own['least squares'] / peer['least_squares_s']:.4f} and "
+            f"{own['posterior'] / peer['posterior_s']:.4f} of that"
         )
         for name, (low, middle, high) in peer["quantiles"].items():
             ours = np.quantile(measured(posterior)[:, QUANTITIES.index(name)], [0.16, 0.5, 0.84])

@@ -183,7 +183,7 @@ def fit_blend(observations, galaxies=GALAXIES, *, free_coarse=False, scale=1.0, 
     scene = rough_scene(frame_of(observations), galaxies, scale=scale)
     parameters = Parameters.default(scene, observations)
     if free_coarse:
-        parameters = parameters.free("observations.coarse")
+        parameters = parameters.free("observations.coarse.astrometry.shift").free("observations.coarse.background*")
     return fit(scene, observations, parameters, progress=False, **options)
 
 

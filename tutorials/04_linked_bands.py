@@ -7,8 +7,8 @@ noise has wide wings (Student t), so that a star missed by the mask does no harm
     python 04_linked_bands.py
 
 writes figures named 04_* into the current folder. It reads the two files of the galaxy from the folder in the environment
-variable SCENEFIT_DATA; without it, it simulates a galaxy of the same kind, and says so. It ends with the table of sizes,
-indices and ellipticities beside reference values, and fails if one is off.
+variable SCENEFIT_DATA, or downloads them; where neither works, it simulates a galaxy of the same kind, and says so. It ends
+with the table of sizes, indices and ellipticities beside reference values, and fails if one is off.
 """
 
 import jax
@@ -69,7 +69,7 @@ def real_galaxy():
     """Return the observations of the real galaxy, and no truth; None if the files aren't there."""
     try:
         (cutout,) = sf.datasets.load("decals").observations
-    except FileNotFoundError as exc:
+    except ConnectionError as exc:
         print(f"no real data ({exc}); a simulated galaxy instead")
         return None
     print("the galaxy at 59.1067 -30.4848 of the Legacy Surveys")

@@ -1,4 +1,4 @@
-"""imcascade: least squares and 'express' sampling of the image that `multi_gaussian.py` wrote (argument); prints one JSON line."""
+"""imcascade: least squares and 'express' sampling of the image from `multi_gaussian.py` (argument); prints one JSON line."""
 
 import json
 import sys

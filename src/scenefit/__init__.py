@@ -4,7 +4,7 @@ from scenefit.app import datasets, plot
 from scenefit.app.io import read_catalog, read_observations
 from scenefit.app.serialization import load, save
 from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
-from scenefit.data.observation import Astrometry, Observation
+from scenefit.data.observation import Astrometry, Calibration, Observation
 from scenefit.infer.batch import fit_many
 from scenefit.infer.diagnostics import PosteriorStatus
 from scenefit.infer.errors import parameter_errors
@@ -38,6 +38,7 @@ from scenefit.survey.profile import Profile, profile
 __all__ = [
     "ArraySpectrum",
     "Astrometry",
+    "Calibration",
     "CompositeSource",
     "DeVaucouleursMorphology",
     "ExponentialMorphology",

@@ -5,9 +5,11 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+from astropy.io import fits
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from scenefit.app import datasets
+from tests.helpers import tangent_header
 
 FOLDER = os.environ.get("SCENEFIT_DATA")
 DEMO = Path(datasets.__file__).parent / "data" / "demo_field.fits"
@@ -114,15 +116,72 @@ def test_cosmos_offline(monkeypatch, error, folder):
         datasets.load("cosmos")
 
 
+def legacy_files(folder, bands=("g", "r", "z")):
+    """Write a cutout and its PSFs in the layout of the survey's service; return them by what their addresses hold."""
+    cutout, psfs = fits.HDUList([fits.PrimaryHDU()]), fits.HDUList()
+    header = tangent_header((40, 40), 0.262)
+    for number, band in enumerate(bands):
+        for kind, value in (("image", number), ("invvar", 4.0)):
+            hdu = fits.ImageHDU(np.full((40, 40), value, ">f4"), header)
+            hdu.header["BAND"], hdu.header["IMAGETYP"] = band, kind
+            cutout.append(hdu)
+        kernel = np.outer(*2 * [np.exp(-0.5 * (np.arange(-7, 8) / 1.5) ** 2)])
+        psfs.append((fits.ImageHDU if number else fits.PrimaryHDU)(kernel.astype(">f4")))
+        psfs[-1].header["BAND"] = band
+    paths = {"cutout.fits?": folder / "cutout", "coadd-psf/?": folder / "psf"}
+    for hdus, path in zip((cutout, psfs), paths.values(), strict=True):
+        hdus.writeto(path)
+    return paths
+
+
+def test_decals_is_downloaded(monkeypatch, tmp_path):
+    """Planes are told by their headers."""
+    monkeypatch.delenv("SCENEFIT_DATA", raising=False)
+    paths = legacy_files(tmp_path, bands=("z", "g", "r"))
+    asked = []
+
+    def download(url, **options):
+        asked.append(url)
+        assert options["cache"]
+        return str(next(path for part, path in paths.items() if part in url))
+
+    monkeypatch.setattr(datasets, "download_file", download)
+    (observation,) = datasets.load("decals").observations
+    assert len(asked) == 2
+    assert all("ra=59.1067&dec=-30.4848" in url and "bands=grz" in url for url in asked)
+    assert observation.channels == ("g", "r", "z")
+    np.testing.assert_allclose(
+        (observation.data / observation.nanojansky[:, None, None])[:, 0, 0], [1, 2, 0], rtol=1e-6
+    )
+    np.testing.assert_allclose(observation.noise.weights * 3630.78**2, 4.0, rtol=1e-5)
+
+
+def test_decals_without_a_band(monkeypatch, tmp_path):
+    monkeypatch.delenv("SCENEFIT_DATA", raising=False)
+    paths = legacy_files(tmp_path, bands=("g", "r"))
+    monkeypatch.setattr(
+        datasets, "download_file", lambda url, **_: str(next(path for part, path in paths.items() if part in url))
+    )
+    with pytest.raises(ValueError, match=r"by BAND; \[\('z', 'image'\), \('z', 'invvar'\)\] not there"):
+        datasets.load("decals")
+
+
 @pytest.mark.parametrize("folder", [None, "somewhere"])
-def test_decals_needs_a_folder(monkeypatch, folder):
+def test_decals_offline(monkeypatch, folder):
     if folder is None:
         monkeypatch.delenv("SCENEFIT_DATA", raising=False)
     else:
         monkeypatch.setenv("SCENEFIT_DATA", folder)
-    with pytest.raises(
-        FileNotFoundError, match=rf"set SCENEFIT_DATA to .*cutout\.fits .*now: {folder or 'not set'}.*\)"
-    ):
+
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets, "download_file", fail)
+    message = (
+        r"download of the data set 'decals' from https://www\.legacysurvey\.org.* failed: no route to host\. "
+        rf"Offline, set SCENEFIT_DATA to .*cutout\.fits .*now: {folder or 'not set'}.*\)"
+    )
+    with pytest.raises(ConnectionError, match=message):
         datasets.load("decals")
 
 

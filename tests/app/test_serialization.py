@@ -17,7 +17,7 @@ from scenefit.app import serialization
 from scenefit.app.serialization import atomic_path, load, save
 from scenefit.arrays.box import Box
 from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
-from scenefit.data.observation import Astrometry, Observation
+from scenefit.data.observation import Astrometry, Calibration, Observation
 from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.infer.sample import Posterior
@@ -35,6 +35,7 @@ from scenefit.model.parameters import Parameter, Parameters, unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import ArraySpectrum, StaticSpectrum, TransientSpectrum
+from scenefit.model.starlet import StarletMorphology
 from scenefit.sky.frame import Frame
 from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import GaussianPSF, ImagePSF
@@ -184,12 +185,14 @@ EXAMPLES = {
         np.where(RNG.random((2, 3, 4)) < 0.1, np.nan, RNG.poisson(3.0, (2, 3, 4))), [1 / 3, 2]
     ),
     "Astrometry": Astrometry([0.1, -0.2]),
+    "Calibration": Calibration([1.1, 1 / 3], [0.2, -0.1]),
     "Observation": make_observation(),
     "ArraySpectrum": ArraySpectrum([1.0, 1 / 3]),
     "StaticSpectrum": StaticSpectrum([1.0, 2.0], ["g", "r"]),
     "TransientSpectrum": TransientSpectrum([1.0, 2.0, 3.0], epochs=[1, "late"]),
     "GaussianMorphology": GaussianMorphology(2 / 3, [0.1, -1 / 3]),
     "PixelMorphology": PixelMorphology(RNG.uniform(size=(5, 7)), anchor=(1, 2)),
+    "StarletMorphology": StarletMorphology(RNG.uniform(size=(2, 5, 7)), (1, 2), RNG.uniform(size=(2, 5, 7))),
     "PointMorphology": PointMorphology(),
     "Source": Source([1.5, 1 / 3], [1.0, 2.0], PointMorphology()),
     "CompositeSource": make_scene().sources["z"],
@@ -312,8 +315,10 @@ def test_constraints(tmp_path, constraint):
     "image", [np.zeros((5, 7)), np.full((5, 7), 1e-300), np.float32(RNG.uniform(size=(5, 7)))], ids=str
 )
 def test_images_come_back_as_fitted(tmp_path, image):
-    morphology = eqx.tree_at(lambda m: m.image, EXAMPLES["PixelMorphology"], image)
-    assert_identical(round_trip(tmp_path, morphology), morphology)
+    pixels = eqx.tree_at(lambda m: m.image, EXAMPLES["PixelMorphology"], image)
+    assert_identical(round_trip(tmp_path, pixels), pixels)
+    starlets = eqx.tree_at(lambda m: m.coefficients, EXAMPLES["StarletMorphology"], np.stack([image, image]))
+    assert_identical(round_trip(tmp_path, starlets), starlets)
 
 
 def test_traced_arrays_become_numpy(tmp_path):

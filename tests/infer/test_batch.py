@@ -116,6 +116,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"as many observations \(and parameters\) as scenes; got \[1, 2\]"):
         fit_many([start(0)], [observe(0), observe(1)], progress=False)
     pixels = Scene(FRAME, [Source((12.0, 13.0), [1.0], PixelMorphology(np.ones((5, 5))))])
-    with pytest.raises(ValueError, match="Scene 0: fit_many wants 1 to 96 free numbers and no free image"):
+    with pytest.raises(ValueError, match="Scene 0: fit_many wants 1 to 1000 free numbers and no free image"):
         fit_many([pixels], [observe(0)], progress=False)
     assert fit_many([], [], progress=False) == []

@@ -21,7 +21,8 @@ def build_precise(tie=False):
     observations = observe()
     frame = frame_of(observations)
     scene = true_scene(frame)
-    parameters = Parameters.default(scene, observations).free("observations.coarse")
+    parameters = Parameters.default(scene, observations).free("observations.coarse.astrometry.shift")
+    parameters = parameters.free("observations.coarse.background").free("observations.coarse.background_slope")
     parameters = parameters.prior("sources.b.morphology.half_light_radius", dist.Normal(2.0, 0.05))
     if tie:
         parameters = parameters.tie("sources.a.morphology.ellipticity", "sources.c.morphology.ellipticity")

@@ -23,7 +23,11 @@ def blend():
     observations = observe()
     scene = true_scene(frame_of(observations))
     observations = [obs.match(scene.frame) for obs in observations]
-    parameters = Parameters.default(scene, observations).free("observations.coarse")
+    parameters = (
+        Parameters.default(scene, observations)
+        .free("observations.coarse.astrometry.shift")
+        .free("observations.coarse.background*")
+    )
     problem, state, _ = posterior.build(scene, observations, parameters)
     columns = dense_jacobian(problem, state)
     return problem, state, columns.T @ columns

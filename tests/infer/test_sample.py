@@ -274,12 +274,21 @@ def test_an_interruption_keeps_the_draws_so_far(bright, monkeypatch):
 
 
 def test_bad_input(bright):
-    with pytest.raises(ValueError, match="method is one of laplace, svi, nuts; got 'mcmc'"):
+    with pytest.raises(ValueError, match="method is one of laplace, svi, nuts, linear; got 'mcmc'"):
         sample(bright, "mcmc", key=jax.random.key(0))
     with pytest.raises(ValueError, match="guide is one of normal, flow; got 'iaf'"):
         sample(bright, "svi", key=jax.random.key(0), guide="iaf")
     with pytest.raises(ValueError, match=r"at least 1; got \{'num_samples': 0\}"):
         sample(bright, "laplace", key=jax.random.key(0), num_samples=0)
+
+
+def test_draws_for_arviz(bright):
+    posterior = sample(bright, "laplace", key=jax.random.key(1), num_samples=300, progress=False)
+    tree = posterior.to_arviz()
+    assert dict(tree["posterior"].sizes)["draw"] == 300
+    np.testing.assert_array_equal(tree["posterior"][PATH].values, posterior.draws[PATH])
+    np.testing.assert_array_equal(tree["sample_stats"]["lp"].values, posterior.log_density)
+    assert tree["posterior"].attrs["method"] == "laplace"
 
 
 def test_free_images_can_not_be_sampled():
@@ -294,5 +303,8 @@ def test_parameters_that_nothing_determines():
     scene = Scene(FRAME, [Source((8.0, 9.0), [0.0], PointMorphology())])
     parameters = Parameters.default(scene, [observe()]).fix(PATH)
     result = fit(scene, observe(), parameters, max_steps=1, progress=False)
-    with pytest.raises(ValueError, match=r"Neither the data nor a prior determine the combination of sources\.0\.center\[[01]\]; nor that of"):
+    with pytest.raises(
+        ValueError,
+        match=r"Neither the data nor a prior determine the combination of sources\.0\.center\[[01]\]; nor that of",
+    ):
         sample(result, "laplace", key=jax.random.key(0))

@@ -10,6 +10,7 @@ from scenefit.model.morphology import (
     CORE_FLUX_TOLERANCE,
     HALF_LIGHT_PER_SIGMA,
     STAMP_FLUX_TOLERANCE,
+    AbstractImageMorphology,
     AbstractMorphology,
     DeVaucouleursMorphology,
     ExponentialMorphology,
@@ -22,6 +23,7 @@ from scenefit.model.morphology import (
 from scenefit.model.parameters import unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
+from scenefit.model.starlet import StarletMorphology
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
 from tests.helpers import final_classes, make_observation, tangent_wcs
@@ -46,7 +48,10 @@ PROFILES = {
     "small Sersic": SersicMorphology(0.1, 1.7),
     "rings": MultiGaussianMorphology([0.3, 1.0, 2.5], [0.2, 0.5, 0.3], (0.3, 0.2)),
 }
-EXAMPLES = PROFILES | {"pixels": PixelMorphology(np.arange(12.0).reshape(3, 4))}
+EXAMPLES = PROFILES | {
+    "pixels": PixelMorphology(np.arange(12.0).reshape(3, 4)),
+    "starlets": StarletMorphology(np.arange(24.0).reshape(2, 3, 4)),
+}
 KINDS = {type(example): example for example in EXAMPLES.values()}
 """An example of every class."""
 
@@ -101,7 +106,7 @@ def intrinsic_moments(morphology):
 
 def light_outside(morphology, low, high):
     """Fraction of a profile's light, before the PSF, that falls outside a square from `low` to `high` along both axes."""
-    if isinstance(morphology, PointMorphology | PixelMorphology):
+    if isinstance(morphology, PointMorphology | AbstractImageMorphology):
         return 0.0
     ratio, theta = shape_of(morphology)
     angle = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
@@ -407,7 +412,7 @@ def test_derivatives_equal_finite_differences(name):
     morphology = EXAMPLES[name]
     values = values_of(morphology)
     for parameter, value in values.items():
-        if isinstance(morphology, PixelMorphology) and parameter == "offset":
+        if isinstance(morphology, AbstractImageMorphology) and parameter == "offset":
             continue
         for index in np.ndindex(value.shape):
             direction = {n: np.zeros_like(v) for n, v in values.items()}

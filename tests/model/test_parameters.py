@@ -13,6 +13,7 @@ from scenefit.sky.frame import Frame
 from tests.blends import FINE_SCALE, FINE_SHAPE
 from tests.helpers import make_observation, tangent_wcs
 
+SCALE, BLUR = "observations.{}.calibration.flux_scale", "observations.{}.calibration.psf_variance"
 SHIFT, BACKGROUND = "observations.{}.astrometry.shift", "observations.{}.background"
 SLOPE = BACKGROUND + "_slope"
 
@@ -78,14 +79,18 @@ def test_default_choice(parameters):
         BACKGROUND.format("HSC"): (2,),
         SLOPE.format("HST"): (1, 2),
         SLOPE.format("HSC"): (2, 2),
+        SCALE.format("HST"): (1,),
+        SCALE.format("HSC"): (2,),
+        BLUR.format("HST"): (1,),
+        BLUR.format("HSC"): (2,),
     }
     fixed = {"sources.clumpy.center", "sources.free.center"}
-    fixed |= {path.format(name) for path in (SHIFT, BACKGROUND, SLOPE) for name in ("HST", "HSC")}
+    fixed |= {path.format(name) for path in (SHIFT, BACKGROUND, SLOPE, SCALE, BLUR) for name in ("HST", "HSC")}
     assert free_paths(parameters) == shapes.keys() - fixed
     assert parameters["sources.galaxy.spectrum.flux"].constraint is constraints.nonnegative
     assert parameters["sources.galaxy.morphology.ellipticity"].constraint is unit_disk
     assert parameters["sources.clumpy.morphology.image"].constraint is constraints.nonnegative
-    assert {p.path for p in parameters if p.prior is not None} == {"sources.clumpy.morphology.image"}
+    assert {p.path for p in parameters if p.prior is not None and p.free} == {"sources.clumpy.morphology.image"}
 
 
 def test_pixels_are_drawn_to_their_envelope(parameters, scene):
@@ -105,9 +110,9 @@ def test_pixels_are_drawn_to_their_envelope(parameters, scene):
         ("sources.galaxy", 4),
         ("sources.*.morphology", 6),
         ("sources.pair.parts.*.spectrum.flux", 2),
-        ("observations.HSC", 3),
+        ("observations.HSC", 5),
         ("observations.*.astrometry.shift", 2),
-        ("*", 22),
+        ("*", 26),
     ],
 )
 def test_patterns(parameters, pattern, count):

@@ -14,6 +14,7 @@ import huggingface_hub
 import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.table import Table
+from astropy.utils.data import download_file
 
 from scenefit.app.fitsfile import find_hdu, open_fits
 from scenefit.app.io import catalog_in, read_observations
@@ -27,6 +28,10 @@ COSMOS_FILE = "cosmos_hst_hsc.fits"
 DECALS_FILE = "decals_59.1067_-30.4848_cutout.fits"
 DECALS_PSF_FILE = "decals_59.1067_-30.4848_psf.fits"
 DECALS_BANDS = ("g", "r", "z")
+DECALS_SERVICE, DECALS_LAYER = "https://www.legacysurvey.org/viewer", "ls-dr9"
+DECALS_POSITION, DECALS_SIZE = (59.1067, -30.4848), 256
+TIMEOUT = 20.0
+"""Seconds to wait for an answer of a server."""
 DECALS_ZEROPOINT = 22.5
 """AB magnitude of one nanomaggy, the unit of Legacy Survey images (Dey et al. 2019)."""
 
@@ -67,7 +72,8 @@ def load(name: str) -> Dataset:
     name : str
         "demo": a simulated blend of seven sources seen by HST and HSC, packaged. "cosmos": a real blend in
         the COSMOS field, HST F814W and HSC grizy; downloaded from Hugging Face once, then cached, unless the
-        folder SCENEFIT_DATA has it. "decals": a real galaxy in Legacy Survey g, r, z images, in that folder.
+        folder SCENEFIT_DATA has it. "decals": a real galaxy in Legacy Survey g, r, z images, in that folder or downloaded
+        from the survey's cutout service once.
 
     Raises
     ------
@@ -75,8 +81,6 @@ def load(name: str) -> Dataset:
         If the name is unknown.
     ConnectionError
         If the file isn't there and can't be downloaded.
-    FileNotFoundError
-        If the file isn't there and there is nothing to download it from.
     """
     if name not in _LOADERS:
         raise ValueError(f"Expected the name of a data set, one of {names()}; got {name!r}.")
@@ -122,26 +126,50 @@ def _load_cosmos() -> Dataset:
 
 
 def _load_decals() -> Dataset:
-    """Load the Legacy Survey galaxy."""
+    """Load the Legacy Survey galaxy, downloading it if need be."""
     path, psf_path = _local_file(DECALS_FILE), _local_file(DECALS_PSF_FILE)
     if path is None or psf_path is None:
-        raise FileNotFoundError(
-            f"The data set 'decals' is read from a local folder: set {FOLDER_VARIABLE} to one that has "
-            f"{DECALS_FILE} and {DECALS_PSF_FILE} ({_folder_now()})."
+        position = (
+            f"ra={DECALS_POSITION[0]}&dec={DECALS_POSITION[1]}&layer={DECALS_LAYER}&bands={''.join(DECALS_BANDS)}"
         )
-    planes = range(len(DECALS_BANDS))
+        path = _downloaded(f"{DECALS_SERVICE}/cutout.fits?{position}&size={DECALS_SIZE}&subimage")
+        psf_path = _downloaded(f"{DECALS_SERVICE}/coadd-psf/?{position}")
     with open_fits(path) as images, open_fits(psf_path) as psfs:
+        planes = {(_card(hdu, "BAND"), _card(hdu, "IMAGETYP")): hdu for hdu in reversed(images) if hdu.data is not None}
+        kernels = {_card(hdu, "BAND"): hdu.data for hdu in psfs}
+        wanted = [(band, kind) for band in DECALS_BANDS for kind in ("image", "invvar")]
+        if missing := [key for key in wanted if key not in planes or key[0] not in kernels]:
+            raise ValueError(
+                f"{path}, {psf_path}: expected images, inverse variances and PSFs by BAND; {missing} not there."
+            )
         observation = Observation(
-            np.stack([images[1 + 2 * plane].data for plane in planes]),
-            weights=np.stack([images[2 + 2 * plane].data for plane in planes]),
-            psf=np.stack([psfs[plane].data for plane in planes]),
-            wcs=images[1].header,
+            np.stack([planes[band, "image"].data for band in DECALS_BANDS]),
+            weights=np.stack([planes[band, "invvar"].data for band in DECALS_BANDS]),
+            psf=np.stack([kernels[band] for band in DECALS_BANDS]),
+            wcs=planes[DECALS_BANDS[0], "image"].header,
             channels=DECALS_BANDS,
             name="DECaLS",
             zeropoint=DECALS_ZEROPOINT,
         )
-    catalog = SkyCoord([59.1067], [-30.4848], unit="deg")
+    catalog = SkyCoord(*([value] for value in DECALS_POSITION), unit="deg")
     return Dataset((observation,), catalog, None, path, "real galaxy in Legacy Survey g, r, z images")
+
+
+def _card(hdu, name: str) -> str:
+    """Return the value of a header card as a string without blanks; empty without it."""
+    return str(hdu.header.get(name, "")).strip()
+
+
+def _downloaded(url: str) -> Path:
+    """Return the file at an address, downloaded once and then cached."""
+    try:
+        return Path(download_file(url, cache=True, show_progress=False, timeout=TIMEOUT, pkgname="scenefit"))
+    # The transport raises errors of many kinds.
+    except Exception as exc:
+        raise ConnectionError(
+            f"The download of the data set 'decals' from {url} failed: {str(exc).rstrip('.')}. Offline, set {FOLDER_VARIABLE} "
+            f"to a folder that has {DECALS_FILE} and {DECALS_PSF_FILE} ({_folder_now()})."
+        ) from exc
 
 
 def _from_file(path: Path, description: str) -> Dataset:

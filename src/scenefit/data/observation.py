@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import astropy.units as u
 import equinox as eqx
 import numpy as np
+from numpy.typing import ArrayLike
+from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.data.noise import AbstractNoise, WhiteNoise
@@ -34,6 +38,47 @@ class Astrometry(eqx.Module):
         if shift.shape != (2,) or not np.isfinite(shift).all():
             raise ValueError(f"Astrometry wants a finite shift (east, north) in arcsec; got {shift}.")
         self.shift = shift
+
+
+class Calibration(eqx.Module):
+    """Where an observation's photometric calibration and PSF are wrong.
+
+    Parameters
+    ----------
+    flux_scale : float or array, shape (channel,)
+        What the image shows of the flux of every source; 1 by default.
+    psf_variance : float or array, shape (channel,)
+        By how much the variance of the true PSF along each axis exceeds that of the observation's PSF, in its pixels squared
+        (negative: a sharper image); 0 by default. The PSF is convolved with a round Gaussian of that variance.
+    """
+
+    flux_scale: np.ndarray
+    psf_variance: np.ndarray
+
+    def __init__(self, flux_scale: ArrayLike = 1.0, psf_variance: ArrayLike = 0.0):
+        self.flux_scale, self.psf_variance = np.asarray(flux_scale, float), np.asarray(psf_variance, float)
+        if not (np.isfinite(self.flux_scale).all() and (self.flux_scale > 0).all()):
+            raise ValueError(f"Calibration wants finite, positive flux scales; got {flux_scale}.")
+        if not np.isfinite(self.psf_variance).all():
+            raise ValueError(f"Calibration wants finite PSF variances in pixels squared; got {psf_variance}.")
+
+
+class Nuisance(NamedTuple):
+    """A parameter of how an observation sees the scene: its range, its unit, and whether it is in units of the data."""
+
+    constraint: constraints.Constraint
+    unit: str = ""
+    scales_with_data: bool = False
+
+
+NUISANCES = {
+    "astrometry.shift": Nuisance(constraints.real, "arcsec"),
+    "calibration.flux_scale": Nuisance(constraints.positive),
+    "calibration.psf_variance": Nuisance(constraints.real),
+    "background": Nuisance(constraints.real, "flux/pixel", True),
+    "background_slope": Nuisance(constraints.real, "flux/pixel", True),
+}
+"""By path below the observation, which is also where they are kept."""
 
 
 class Observation(eqx.Module):
@@ -68,6 +113,8 @@ class Observation(eqx.Module):
         default. Can be fitted.
     astrometry : Astrometry, or its shift, optional
         Known offset of the image; can be fitted.
+    calibration : Calibration, optional
+        Known corrections of fluxes and of the PSF; can be fitted.
     noise : AbstractNoise, optional
         Instead of weights, in data units.
 
@@ -100,6 +147,7 @@ class Observation(eqx.Module):
     background: np.ndarray
     background_slope: np.ndarray
     astrometry: Astrometry
+    calibration: Calibration
     nanojansky: np.ndarray
     renderer: Renderer | None
     frame: Frame | None
@@ -125,6 +173,7 @@ class Observation(eqx.Module):
         background=None,
         background_slope=None,
         astrometry=None,
+        calibration: Calibration | None = None,
         noise: AbstractNoise | None = None,
     ):
         self.name = _check_name(name)
@@ -157,6 +206,12 @@ class Observation(eqx.Module):
             self.background_slope = slope * self.nanojansky[:, None]
             given = () if astrometry is None else (astrometry,)
             self.astrometry = astrometry if isinstance(astrometry, Astrometry) else Astrometry(*given)
+            calibration = Calibration() if calibration is None else calibration
+            self.calibration = Calibration(
+                _per_channel(calibration.flux_scale, len(data), "flux_scale"),
+                _per_channel(calibration.psf_variance, len(data), "psf_variance"),
+            )
+            self._check_psf_variance()
         self.renderer, self.frame = None, None
 
     @property
@@ -201,6 +256,28 @@ class Observation(eqx.Module):
             slope = _as_slope(given, len(self.data))
         return eqx.tree_at(lambda o: (o.background, o.background_slope), self, (background, slope))
 
+    def nuisances(self) -> dict[str, np.ndarray]:
+        """Return the values of all `NUISANCES`, by path below the observation."""
+        return {path: getter(self) for path, getter in _GETTERS.items()}
+
+    def with_nuisances(self, values: Mapping[str, np.ndarray]) -> Observation:
+        """Return the observation with other values of some of its `NUISANCES`, in the units of `data`."""
+        if not values:
+            return self
+        new = [np.asarray(value, float) for value in values.values()]
+        changed = eqx.tree_at(lambda o: [_GETTERS[path](o) for path in values], self, new)
+        changed._check_psf_variance()
+        return changed
+
+    def _check_psf_variance(self):
+        """Raise ValueError if no light would be left of the PSF."""
+        lowest = -(self.psf.effective_sigma**2)
+        if (self.calibration.psf_variance <= lowest).any():
+            raise ValueError(
+                f"{self.name}: psf_variance {self.calibration.psf_variance} takes away all of the PSF, whose variance is about "
+                f"{-lowest} pixels squared."
+            )
+
     def with_noise(self, noise: AbstractNoise) -> Observation:
         """Return the observation with another noise, in the units of `data`; pixels without information stay so."""
         with naming(self.name):
@@ -242,8 +319,10 @@ class Observation(eqx.Module):
                 f"observation is matched to; got {model.shape}."
             )
         scale = float(np.abs(model).max()) or 1.0
-        shift = as_floats(self.astrometry.shift)
-        window = np.asarray(_render_window(renderer, as_floats(model / scale), shift), dtype=float)
+        shift, blur = as_floats(self.astrometry.shift), self.calibration.psf_variance
+        blur = as_floats(blur) if blur.any() else None
+        window = np.asarray(_render_window(renderer, as_floats(model / scale), shift, blur), dtype=float)
+        window = window * self.calibration.flux_scale[:, None, None]
         image = np.zeros(self.data.shape)
         image[(slice(None), *renderer.window.slices)] = np.where(renderer.inside, window * scale, 0.0)
         return image + self.background_image()
@@ -267,9 +346,12 @@ class Observation(eqx.Module):
 
 
 @compiled
-def _render_window(renderer: Renderer, model, shift):
+def _render_window(renderer: Renderer, model, shift, psf_variance):
     """Render a model image onto the pixels of the renderer's window."""
-    return renderer(transform_model(model, renderer.fft_shape), shift)
+    return renderer(transform_model(model, renderer.fft_shape), shift, psf_variance)
+
+
+_GETTERS = {path: operator.attrgetter(path) for path in NUISANCES}
 
 
 @contextlib.contextmanager

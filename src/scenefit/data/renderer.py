@@ -120,6 +120,7 @@ class Renderer(eqx.Module):
     area: Float[Array, "..."]
     norm: Float[Array, " channel"]
     sky_jacobian: Float[Array, "2 2"]
+    metric: Float[Array, "2 2"]
     sampling: AbstractSampling
     origin: np.ndarray
     inside: np.ndarray
@@ -187,6 +188,7 @@ class Renderer(eqx.Module):
             area=as_floats(area),
             norm=as_floats(norm),
             sky_jacobian=as_floats(frame.sky_jacobian()),
+            metric=as_floats(affine @ affine.T),
             sampling=sampling,
             origin=np.array(window.origin, np.int32),
             inside=inside,
@@ -199,7 +201,10 @@ class Renderer(eqx.Module):
         return Box(self.inside.shape, (int(self.origin[0]), int(self.origin[1])))
 
     def __call__(
-        self, model_spectrum: Complex[Array, "model_channel k l"], shift: Float[Array, " 2"]
+        self,
+        model_spectrum: Complex[Array, "model_channel k l"],
+        shift: Float[Array, " 2"],
+        psf_variance: Float[Array, " channel"] | None = None,
     ) -> Float[Array, "channel y x"]:
         """Render the model onto the pixels of `window`.
 
@@ -209,6 +214,8 @@ class Renderer(eqx.Module):
             `transform_model` of the model image of all channels of the frame.
         shift : array, shape (2,)
             Arcsec (east, north) by which sources appear displaced in this observation.
+        psf_variance : array, shape (channel,), optional
+            Of a round Gaussian that the PSF is convolved with, in the observation's pixels squared.
 
         Returns
         -------
@@ -218,7 +225,13 @@ class Renderer(eqx.Module):
         modes = _select_modes(_select_channels(model_spectrum, self.channels), self.num_modes)
         dy, dx = self.sky_jacobian @ shift
         phase_y, phase_x = (jnp.exp(-2j * jnp.pi * k * d) for k, d in ((self.ky, dy), (self.kx, dx)))
-        return self.sampling(modes * self.transfer * (phase_y[:, None] * phase_x)) * self.area
+        modes = modes * self.transfer * (phase_y[:, None] * phase_x)
+        if psf_variance is not None:
+            # The squared frequency in cycles per observed pixel.
+            (yy, yx), (_, xx) = self.metric
+            square = yy * self.ky[:, None] ** 2 + 2 * yx * self.ky[:, None] * self.kx + xx * self.kx**2
+            modes = modes * jnp.exp(-2 * jnp.pi**2 * psf_variance[:, None, None] * square)
+        return self.sampling(modes) * self.area
 
 
 def transform_model(model: Float[Array, "channel y x"], fft_shape: tuple[int, int]) -> Complex[Array, "channel k l"]:

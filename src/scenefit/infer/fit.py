@@ -203,7 +203,9 @@ class _Run:
                 row = self.rows[-1]
                 linear = len(self.rows) <= self.linear_steps
                 if row["accepted"] and not linear:
-                    if row["remaining"] < max(EARLY_GROWTH, GROWTH_TOLERANCE * self.rtol) and self.grow(row["remaining"]):
+                    if row["remaining"] < max(EARLY_GROWTH, GROWTH_TOLERANCE * self.rtol) and self.grow(
+                        row["remaining"]
+                    ):
                         continue
                     if row["careful"] and row["remaining"] < self.rtol * (1.0 if row["settled"] else UNSETTLED):
                         return Status.CONVERGED

@@ -255,7 +255,7 @@ def _is_empty(boxes: np.ndarray) -> np.ndarray:
     return (boxes[..., 0] >= boxes[..., 1]) | (boxes[..., 2] >= boxes[..., 3])
 
 
-def _pairs(numbers: np.ndarray, covered: np.ndarray, shape: tuple[int, int]) -> Pairs:
+def _pairs(numbers: np.ndarray, covered: np.ndarray, shape: tuple[int, ...]) -> Pairs:
     """Return the pairs of components that share pixels of an observation."""
     shared = _intersections(covered)
     some = ~_is_empty(shared)
@@ -265,14 +265,14 @@ def _pairs(numbers: np.ndarray, covered: np.ndarray, shape: tuple[int, int]) -> 
     members = np.stack([numbers[first], numbers[second]], axis=-1).reshape(-1, 2)
     sides = boxes[:, [1, 3]] - boxes[:, [0, 2]]
     largest = sides.max(axis=0, initial=1)
-    window = tuple(min(bucket_size(int(side)), limit) for side, limit in zip(largest, shape, strict=True))
+    height, width = (min(bucket_size(int(side)), limit) for side, limit in zip(largest, shape, strict=True))
     padding = _room(max(len(boxes), 1)) - len(boxes)
     return Pairs(
         members=as_integers(np.pad(members, ((0, padding), (0, 0)))),
         box=as_integers(np.pad(boxes, ((0, padding), (0, 0)))),
         num_single=as_integers(len(single)),
         count=as_integers(len(boxes)),
-        window=window,
+        window=(height, width),
     )
 
 

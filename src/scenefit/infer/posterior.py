@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.arrays.stamps import bucket_count
-from scenefit.data.observation import Observation
+from scenefit.data.observation import NUISANCES, Observation
 from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
 from scenefit.model.morphology import AbstractImageMorphology, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
@@ -54,12 +55,12 @@ def build(
     ValueError
         If an observation isn't matched, a start violates its constraint, or a constraint isn't a range.
     """
-    frame = scene.frame
+    frame, parameters = scene.frame, parameters.completed(observations)
     levels = [obs.noise.level() for obs in observations]
     unit = _flux_unit(frame, observations, levels)
     components = list(scene.components())
     stacks, members = pack(frame, components, unit, whole_frame=whole_frame, roomy=roomy)
-    images = [_as_image(obs, level, unit) for obs, level in zip(observations, levels, strict=True)]
+    images = [_as_image(obs, level, unit, parameters) for obs, level in zip(observations, levels, strict=True)]
     table = _element_table(stacks, members, observations, levels, parameters)
     layout = Layout(members, levels, table.places)
     free_images, image_low, image_priors = _image_bounds(stacks, members, parameters)
@@ -101,8 +102,9 @@ def unpack(
 
 def _unpack_image(image, obs, level) -> Observation:
     """Return an observation with the values of its image."""
-    background, slope = (np.asarray(values, float) for values in (image.background, image.background_slope))
-    obs = obs.with_shift(np.asarray(image.shift, float)).with_background(background * level, slope * level[:, None])
+    fitted = {path: getattr(image, path.rpartition(".")[2]) for path in NUISANCES}
+    units = {path: _data_unit(path, value, level) for path, value in obs.nuisances().items()}
+    obs = obs.with_nuisances({p: np.asarray(v, float) * units[p] for p, v in fitted.items() if v is not None})
     names = list(obs.noise.constraints)
     if not names:
         return obs
@@ -132,8 +134,7 @@ def with_parameters(
     for obs in observations:
         base = f"observations.{obs.name}."
         new = {path.removeprefix(base): np.asarray(v, float) for path, v in values.items() if path.startswith(base)}
-        obs = obs.with_shift(new.get("astrometry.shift", obs.astrometry.shift))
-        obs = obs.with_background(new.get("background", obs.background), new.get("background_slope"))
+        obs = obs.with_nuisances({path: value for path, value in new.items() if path in NUISANCES})
         for name in obs.noise.constraints:
             if f"noise.{name}" in new:
                 noise = eqx.tree_at(lambda n, name=name: getattr(n, name), obs.noise, new[f"noise.{name}"])
@@ -210,18 +211,29 @@ def _flux_unit(frame, observations, levels) -> np.ndarray:
     return np.where(np.isfinite(unit), unit, 1.0)
 
 
-def _as_image(obs: Observation, level, unit) -> Image:
+def _data_unit(path, value, level):
+    """Return the unit of a nuisance's values, per channel, in which the problem has them."""
+    return np.reshape(level, (-1, *[1] * (value.ndim - 1))) if NUISANCES[path].scales_with_data else 1.0
+
+
+def _as_image(obs: Observation, level, unit, parameters: Parameters) -> Image:
     """Return the observation in units of its noise level, restricted to the pixels on the frame."""
     renderer = obs.matched_renderer
     window = renderer.window.slices
     noise = obs.noise.scaled(level).restricted(renderer.inside, window)
+    values: dict[str, Any] = {
+        path: as_floats(value / _data_unit(path, value, level)) for path, value in obs.nuisances().items()
+    }
+    # A blur costs an exponential a mode: not where there is none.
+    blur = "calibration.psf_variance"
+    parameter = parameters.table[f"observations.{obs.name}.{blur}"]
+    if not (parameter.free or parameter.tied_to or obs.calibration.psf_variance.any()):
+        values[blur] = None
     return Image(
         renderer=eqx.tree_at(lambda r: r.inside, renderer, as_booleans(renderer.inside)),
         data=as_floats(obs.data[(slice(None), *window)] / level[:, None, None]),
         noise=jax.tree.map(as_floats, noise),
-        shift=as_floats(obs.astrometry.shift),
-        background=as_floats(obs.background / level),
-        background_slope=as_floats(obs.background_slope / level[:, None]),
+        **{path.rpartition(".")[2]: value for path, value in values.items()},
         y=as_floats(np.arange(window[0].start, window[0].stop) - (obs.shape[1] - 1) / 2),
         x=as_floats(np.arange(window[1].start, window[1].stop) - (obs.shape[2] - 1) / 2),
         gain=as_floats(unit[list(renderer.channels)] / level),
@@ -322,13 +334,12 @@ def _element_table(stacks, members, observations, levels, parameters) -> _Elemen
     for number, obs in enumerate(observations):
         base, level = f"observations.{obs.name}", levels[number]
 
-        def add(name, path, value, *, linear=True, unit=1.0, number=number, base=base):
+        def add(name, path, value, *, linear=True, unit: float | np.ndarray = 1.0, number=number, base=base):
             entries = [(f"{base}.{path}", np.s_[:])]
             table.add("image", number, name, value / unit, entries, parameters, linear=linear, unit=unit)
 
-        add("shift", "astrometry.shift", obs.astrometry.shift)
-        add("background", "background", obs.background, unit=level)
-        add("background_slope", "background_slope", obs.background_slope, unit=level[:, None])
+        for path, value in obs.nuisances().items():
+            add(path.rpartition(".")[2], path, value, unit=_data_unit(path, value, level))
         for name in obs.noise.constraints:
             add(f"noise.{name}", f"noise.{name}", np.asarray(getattr(obs.noise, name), float), linear=False, unit=level)
     table.tie(parameters)

@@ -45,13 +45,15 @@ class State(eqx.Module):
 class Image(eqx.Module):
     """One observation as the solver sees it: data and model in units of the noise level of each channel.
 
-    `y` and `x` are pixel coordinates relative to the middle of the observation.
+    `y` and `x` are pixel coordinates relative to the middle of the observation; no `psf_variance` stands for 0.
     """
 
     renderer: Renderer
     data: Float[Array, "channel y x"]
     noise: AbstractNoise
     shift: Float[Array, " 2"]
+    flux_scale: Float[Array, " channel"]
+    psf_variance: Float[Array, " channel"] | None
     background: Float[Array, " channel"]
     background_slope: Float[Array, "channel 2"]
     y: Float[Array, " h"]
@@ -67,7 +69,8 @@ class Image(eqx.Module):
         self, spectrum: Complex[Array, "model_channel k l"], kind: str = "score"
     ) -> Float[Array, "channel y x"]:
         """Return the residuals (see `Problem.residuals`), given the Fourier transform of the model image."""
-        rendered = self.renderer(spectrum, self.shift) * self.gain[:, None, None]
+        rendered = self.renderer(spectrum, self.shift, self.psf_variance)
+        rendered = rendered * (self.gain * self.flux_scale)[:, None, None]
         return getattr(self.noise, f"{kind}_residual")(rendered + self.sky() - self.data)
 
 
@@ -242,7 +245,7 @@ class Problem(eqx.Module):
             return ()
         elements = self.elements(vector)
         sums = [jnp.sum(elements[leaf.start : leaf.stop].reshape(leaf.shape), axis=-1) for leaf in leaves]
-        return tuple((total - 1) / AMPLITUDE_SCATTER for total in sums)
+        return tuple(((total - 1) / AMPLITUDE_SCATTER).ravel() for total in sums)
 
     def log_prior(self, vector: Float[Array, " n"]) -> Float[Array, ""]:
         """Return the log-density of the priors at the parameter values."""

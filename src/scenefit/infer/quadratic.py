@@ -116,7 +116,9 @@ def image_curvature(problem: Problem, state: State) -> tuple[Float[Array, "m *pl
     for image in problem.images:
         steepest = image.noise.stiffness * image.noise.whiten(jnp.ones_like(image.data))
         heaviest = jnp.max(steepest**2, axis=(1, 2))
-        norm = norm.at[np.array(image.renderer.channels)].add(image.renderer.norm * image.gain**2 * heaviest)
+        norm = norm.at[np.array(image.renderer.channels)].add(
+            image.renderer.norm * (image.gain * image.flux_scale) ** 2 * heaviest
+        )
     cover = jnp.zeros(problem.canvas, state.vector.dtype)
     for stack in stacks:
         cover = add_stamps(cover, jnp.abs(stack.spectra), stack.mask[:, None].astype(cover.dtype), stack.origin)

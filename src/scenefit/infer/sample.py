@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arviz_base import from_dict
 from astropy.table import QTable
 from jaxtyping import Array
 
@@ -98,6 +99,15 @@ class Posterior(eqx.Module):
         """Return scene and observations with the values of a draw."""
         values = {path: self[path][number] for path in self.draws}
         return posterior.with_parameters(self.result.scene, self.result.observations, values)
+
+    def to_arviz(self):
+        """Return the draws for ArviZ: an xarray DataTree with the groups "posterior" and "sample_stats".
+
+        Variables are named by path, with dimensions (chain, draw, ...); "lp" is the log-density, where it was computed.
+        """
+        groups = {"posterior": self.draws, "sample_stats": {"lp": self.log_density}}
+        attributes = {"inference_library": "scenefit", "method": self.method, "status": self.status.name}
+        return from_dict(groups, attrs={"posterior": attributes})
 
     def summary(self) -> QTable:
         """Return mean, standard deviation and quantiles of every number, a row each, with R-hat and effective sample size."""

@@ -206,7 +206,9 @@ def _raise_undetermined(problem, layout, index, information):
     names = coordinate_names(problem, layout, index)
     groups = [", ".join(names[number] for number in group) for group in undetermined(information)]
     raise ValueError(
-        "Neither the data nor a prior determine the combination of " + "; nor that of ".join(groups) + ": fix some of them, "
+        "Neither the data nor a prior determine the combination of "
+        + "; nor that of ".join(groups)
+        + ": fix some of them, "
         "or give them priors."
     )
 

@@ -26,8 +26,8 @@ from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 
 MAX_ROOM, ROOM_CANVASES = 2.5, 4
-"""The stamps of profiles are at most by this ratio larger than need be, as long as they have no more than so many pixels in all, in
-units of the canvas."""
+"""The stamps of profiles are at most by this ratio larger than need be, as long as all have no more pixels than so many
+canvases."""
 SPARE_CANVASES = 3
 """Pixels, in units of the canvas, that stamps may be padded by to have fewer distinct sizes."""
 

@@ -20,6 +20,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ParameterFreeTransform, biject_to
 
+from scenefit.data.observation import NUISANCES
 from scenefit.sky import units
 
 
@@ -216,6 +217,14 @@ class Parameters(eqx.Module):
                 table |= {p.path: p.replace(tied_to=first) for p in self if p.tied_to == name}
         return Parameters(table, self.pixel_scale)
 
+    def completed(self, observations) -> Parameters:
+        """Return a copy that has the parameters of all observations, those that weren't there fixed."""
+        table = dict(self.table)
+        for obs in observations:
+            for parameter in _observation_parameters(obs):
+                table.setdefault(parameter.path, parameter.replace(free=False))
+        return Parameters(table, self.pixel_scale)
+
     def check_anchored(self):
         """Raise ValueError if every observation's shift is free: the model's own position is then undefined."""
         shifts = [p for p in self if p.path.startswith("observations.") and p.path.endswith(".astrometry.shift")]
@@ -297,13 +306,27 @@ def _component_parameters(path, component) -> dict[str, Parameter]:
     return table
 
 
+FLUX_SCALE_ERROR, PSF_VARIANCE_ERROR = 0.02, 0.1
+"""Standard deviations of the priors of flux scales, and of PSF variances in units of that of the PSF (of its width, half of
+that), if no others are given: calibrations and PSFs are known, but not perfectly."""
+LARGEST_LOSS = 0.8
+"""Of its variance a PSF may lose this fraction."""
+
+
 def _observation_parameters(obs) -> list[Parameter]:
     """Return the parameters of an observation: what is nearly right stays as it is, what noise leaves open is free."""
-    base, real = f"observations.{obs.name}", constraints.real
+    base = f"observations.{obs.name}"
+    variance = float(obs.psf.effective_sigma.min()) ** 2
+    priors = {
+        "calibration.flux_scale": dist.Normal(1.0, FLUX_SCALE_ERROR),
+        "calibration.psf_variance": dist.Normal(0.0, PSF_VARIANCE_ERROR * variance),
+    }
+    ranges = {"calibration.psf_variance": constraints.greater_than(-LARGEST_LOSS * variance)}
     fixed = [
-        Parameter(f"{base}.astrometry.shift", (2,), False, real, unit="arcsec"),
-        Parameter(f"{base}.background", obs.background.shape, False, real, unit="flux/pixel"),
-        Parameter(f"{base}.background_slope", obs.background_slope.shape, False, real, unit="flux/pixel"),
+        Parameter(
+            f"{base}.{path}", value.shape, False, ranges.get(path, kind.constraint), priors.get(path), unit=kind.unit
+        )
+        for (path, value), kind in zip(obs.nuisances().items(), NUISANCES.values(), strict=True)
     ]
     return fixed + [
         Parameter(f"{base}.noise.{name}", obs.background.shape, True, constraint, unit="flux/pixel")

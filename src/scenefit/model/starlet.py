@@ -91,8 +91,8 @@ class StarletMorphology(AbstractImageMorphology):
         """Build from an image.
 
         Coefficients start in proportion to the area of the B-splines and take multiplicative steps towards the image; what
-        is then missing goes into single pixels. The image that they make of a galaxy seen through a PSF is within about a
-        hundredth of its peak; that of pixels of pure noise only within a fifth.
+        is then missing goes into single pixels. The image that they make of a galaxy seen through a PSF is within two
+        hundredths of its peak everywhere; that of pixels of pure noise only within a fifth.
 
         Parameters
         ----------

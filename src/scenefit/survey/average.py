@@ -100,7 +100,7 @@ def average_profiles(
         raise ValueError("An average wants scenes with the same frame; theirs differ.")
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     counts = rng.multinomial(num_samples, weights)
-    chosen = [_some(each, count, rng) for each, count in zip(posteriors, counts, strict=True) if count]
+    chosen = [_some(each, int(count), rng) for each, count in zip(posteriors, counts, strict=True) if count]
     found = profiles(chosen, name, radii=radii, psf_sigma=psf_sigma, observation=observation)
     if any(set(each.components) != set(found[0].components) for each in found):
         raise ValueError(f"An average wants the same parts of {name} in all scenes; theirs differ.")

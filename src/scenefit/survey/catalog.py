@@ -13,6 +13,7 @@ from scenefit.infer.fit import FitResult
 from scenefit.infer.laplace import marginal_covariance, vector_covariance
 from scenefit.model.morphology import parameter_values
 from scenefit.model.packing import component_box
+from scenefit.model.parameters import IMAGES
 from scenefit.sky import units
 from scenefit.sky.frame import Channel
 from scenefit.survey.measure import Flag, measure_shapes
@@ -183,7 +184,7 @@ def _is_at_bound(component, path, result: FitResult) -> bool:
     """Return whether a free shape parameter is at the end of its range, or a radius has gone to nothing."""
     for name, value in parameter_values(component.morphology).items():
         parameter = result.parameters.table[f"{path}.morphology.{name}"]
-        if not parameter.free or name in ("image", "amplitudes"):
+        if not parameter.free or name in (*IMAGES, "amplitudes"):
             continue
         low = getattr(parameter.constraint, "lower_bound", -np.inf)
         high = getattr(parameter.constraint, "upper_bound", np.inf)

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from scenefit.data.observation import Observation
 from scenefit.model.morphology import HALF_LIGHT_PER_SIGMA, parameter_values
-from scenefit.model.parameters import Parameter, Parameters
+from scenefit.model.parameters import Parameter, Parameters, is_image
 from scenefit.model.scene import Scene
 from scenefit.sky.frame import pixel_map, pixel_scale_of
 
@@ -103,7 +103,7 @@ def automatic(
     default = Parameters.default(scene, observations)
     parameters = default if parameters is None else parameters
     _check_same(parameters, default)
-    wanted = [p for p in parameters if p.free and p.tied_to is None and p.prior is None and not _is_image(p)]
+    wanted = [p for p in parameters if p.free and p.tied_to is None and p.prior is None and not is_image(p.path)]
     guesses = _guesses(scene, observations, parameters) if wanted else {}
     table = dict(parameters.table)
     for parameter in wanted:
@@ -146,11 +146,6 @@ def check_start(scene: Scene, observations: Sequence[Observation] | Observation,
             )
 
 
-def _is_image(parameter: Parameter) -> bool:
-    """Return whether a parameter holds the pixels of an image."""
-    return parameter.path.endswith(".morphology.image")
-
-
 def _check_same(parameters: Parameters, default: Parameters):
     """Raise ValueError unless the parameters are those of the scene and the observations."""
     given, known = ({p.path: p.shape for p in each} for each in (parameters, default))
@@ -171,9 +166,7 @@ def _starts(scene, observations) -> dict[str, np.ndarray]:
             values[f"{path}.morphology.{name}"] = value
     for obs in observations:
         base = f"observations.{obs.name}"
-        values[f"{base}.astrometry.shift"] = obs.astrometry.shift
-        values[f"{base}.background"] = obs.background
-        values[f"{base}.background_slope"] = obs.background_slope
+        values |= {f"{base}.{path}": value for path, value in obs.nuisances().items()}
         for name in obs.noise.constraints:
             values[f"{base}.noise.{name}"] = getattr(obs.noise, name)
     return {path: np.asarray(value, dtype=float) for path, value in values.items()}
