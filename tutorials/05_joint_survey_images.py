@@ -304,7 +304,7 @@ def start_from_moments(row: SourceCatalog, obs: sf.Observation, frame: sf.Frame)
     norm = (major**2 - minor**2) / (major**2 + minor**2)
     pair = norm * np.array([np.cos(2 * theta), np.sin(2 * theta)])
     # Sky coordinates are a position in every image.
-    return sf.Source(row.sky_centroid_icrs, np.zeros(len(frame.channels)), sf.SersicMorphology(radius, 2.0, pair))
+    return sf.Source(row.sky_centroid_icrs, np.zeros(len(frame.channels)), sf.SersicMorphology(radius, 1.5, pair))
 
 
 def match_names(result: sf.FitResult, frame: sf.Frame) -> dict[str, str]:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import astropy.units as u
 import equinox as eqx
 import numpy as np
-from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_floats, compiled
@@ -40,6 +39,9 @@ class Astrometry(eqx.Module):
         self.shift = shift
 
 
+_Numbers = float | int | Sequence | np.ndarray
+
+
 class Calibration(eqx.Module):
     """Where an observation's photometric calibration and PSF are wrong.
 
@@ -55,7 +57,7 @@ class Calibration(eqx.Module):
     flux_scale: np.ndarray
     psf_variance: np.ndarray
 
-    def __init__(self, flux_scale: ArrayLike = 1.0, psf_variance: ArrayLike = 0.0):
+    def __init__(self, flux_scale: _Numbers = 1.0, psf_variance: _Numbers = 0.0):
         self.flux_scale, self.psf_variance = np.asarray(flux_scale, float), np.asarray(psf_variance, float)
         if not (np.isfinite(self.flux_scale).all() and (self.flux_scale > 0).all()):
             raise ValueError(f"Calibration wants finite, positive flux scales; got {flux_scale}.")
