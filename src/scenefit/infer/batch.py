@@ -169,7 +169,7 @@ def _run_group(members: list[_Member], rtol: float, max_steps: int, batch_size: 
 
 def _start(member: _Member) -> _Lane:
     """Return the lane of a member before its first step."""
-    carry = jax.tree.map(np.asarray, solvers.start(member.problem, member.state))
+    carry = jax.tree.map(np.asarray, solvers.start(member.problem, member.state, dense=True))
     return _Lane(carry, np.asarray(0, np.int32), np.asarray(np.inf, carry.loss.dtype), np.asarray(False))
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.data.observation import Observation
-from scenefit.infer.descent import Descent
+from scenefit.infer.descent import Descent, Secant
 from scenefit.infer.footprints import Footprints, footprints
 from scenefit.infer.information import information
 from scenefit.infer.posterior import Layout
@@ -27,6 +27,8 @@ MAX_TURNS = 30
 LONGEST_MOVE = 1.0
 """Logarithms and logits of parameters change by at most this much in a step: where the maps saturate, the model wouldn't know
 the way back."""
+LARGEST_STRETCH, SMALLEST_STEP = 4.0, 0.01
+"""Of a component's curvature, from its last step; and how long, in standard deviations, that must have been to say anything."""
 SINGULAR = 1e-6
 """Added to the unit diagonal of the scaled Hessian: directions that nothing determines stay where they are."""
 
@@ -75,6 +77,7 @@ def dense_descent(
     gradient: Float[Array, " n"],
     damping: Float[Array, ""],
     where: Footprints,
+    stretch: Float[Array, " n"],
 ) -> Descent:
     """Minimise the quadratic model of the loss about a state within bounds, exactly.
 
@@ -88,9 +91,13 @@ def dense_descent(
         Of the Hessian, relative to its diagonal.
     where : Footprints
         `dense_footprints` of the problem.
+    stretch : array
+        `stretched` from the last step.
     """
     index = where.index
-    matrix = hessian(problem, state, where)
+    expected = hessian(problem, state, where)
+    same = where.group[:, None] == where.group
+    matrix = jnp.where(same, expected * stretch[index], expected)
     counts = problem.free.vector[index]
     slope = jnp.where(counts, gradient[index], 0.0)
     diagonal = jnp.diagonal(matrix)
@@ -120,7 +127,44 @@ def dense_descent(
         outstanding=jnp.zeros_like(decrement),
         is_settled=jnp.asarray(True),
         num_products=jnp.asarray(len(index), jnp.int32),
+        secant=Secant(
+            gradient=scatter(slope, 0.0),
+            step=scatter(step * unit, 0.0),
+            change=scatter(expected @ (step * unit), 0.0),
+            own=scatter(jnp.where(same, expected, 0.0) @ (step * unit), 0.0),
+            stretch=stretch,
+        ),
     )
+
+
+def stretched(
+    secant: Secant, gradient: Float[Array, " n"], length: Float[Array, ""], where: Footprints
+) -> Float[Array, " n"]:
+    """Return `Secant.stretch` after a step.
+
+    For faint sources the second derivatives of the model, which Gauss and Newton leave out, make up much of the curvature:
+    their steps would go too far, to and fro. How the gradient along a component's own step has changed says by how much.
+
+    Parameters
+    ----------
+    secant : Secant
+        Of the step.
+    gradient : array
+        Of the loss at its end.
+    length : float
+        Fraction of the step that was gone.
+    where : Footprints
+    """
+    index = where.index
+    missing = (gradient - secant.gradient) / length - secant.change
+
+    def by_group(values):
+        return jax.ops.segment_sum(values[index], where.group, len(where.places) + 1)[where.group]
+
+    squared = by_group(secant.step * secant.own)
+    found = 1 + by_group(secant.step * missing) / jnp.maximum(squared, SMALLEST_STEP**2)
+    known = squared * length**2 > SMALLEST_STEP**2
+    return secant.stretch.at[index].set(jnp.where(known, jnp.clip(found, 1.0, LARGEST_STRETCH), secant.stretch[index]))
 
 
 class _Turn(eqx.Module):

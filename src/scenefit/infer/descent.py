@@ -35,6 +35,31 @@ MAX_ROUNDS, CLIPPED = 4, 0.05
 than this fraction of the decrease."""
 
 
+class Secant(eqx.Module):
+    """What a step by the Hessian matrix expects, for comparison with the gradient at its end.
+
+    All have shape (n,), along the problem's vector.
+
+    Attributes
+    ----------
+    gradient : array
+        Of the loss, at the beginning.
+    step : array
+    change : array
+        The Hessian times the step: by how much the gradient should change.
+    own : array
+        What the coordinates of the same component contribute to that.
+    stretch : array
+        By how much the curvature of the loss along each component exceeds that of the Gauss-Newton Hessian, as far as is known.
+    """
+
+    gradient: Float[Array, " n"]
+    step: Float[Array, " n"]
+    change: Float[Array, " n"]
+    own: Float[Array, " n"]
+    stretch: Float[Array, " n"]
+
+
 class Descent(eqx.Module):
     """Where a descent ended.
 
@@ -53,6 +78,8 @@ class Descent(eqx.Module):
     is_settled : bool
         Whether it ended because little was outstanding, not by the number of iterations.
     num_products : int
+    secant : Secant or None
+        What the next step learns from this one; None for conjugate gradients.
     """
 
     step: State
@@ -63,6 +90,7 @@ class Descent(eqx.Module):
     outstanding: Float[Array, ""]
     is_settled: Bool[Array, ""]
     num_products: Int[Array, ""]
+    secant: Secant | None = None
 
 
 class _Rounds(eqx.Module):

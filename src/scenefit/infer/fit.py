@@ -184,7 +184,6 @@ class _Run:
         """Pack the present scene and start the solver on it."""
         built = posterior.build(self.scene, self.observations, self.parameters, roomy=self.roomy)
         self.problem, state, self.layout = built
-        self.carry = solvers.start(self.problem, state)
         self.footprints = None
         if self.method != "iterative":
             self.footprints = dense_footprints(self.problem, self.layout, self.scene, self.observations, cores=True)
@@ -192,6 +191,7 @@ class _Run:
             raise ValueError(
                 f"method='dense' wants 1 to {MAX_COORDINATES} free numbers and no free image; use 'auto', or fix some."
             )
+        self.carry = solvers.start(self.problem, state, dense=self.footprints is not None)
         self.linear_steps = LINEAR_STEPS if self.footprints is None else 1
         self.probes = curvature_probes(self.problem)
 

@@ -23,24 +23,28 @@ from scenefit.model.packing import component_box
 from scenefit.model.scene import Scene
 from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
 
-CORE_LIGHT, CORE_ROOM, CORE_WINGS = 0.2, 2.0, 4.0
+CORE_LIGHT, CORE_ROOM, CORE_WINGS = 0.2, 1.6, 4.0
 """The core of a profile is by this ratio larger than what holds all but this fraction of its light; around it PSFs count up to so
 many standard deviations. Nearly all of the curvature of the loss comes from there."""
 
 
+TILE = 64
+"""Rows and columns of the tiles that overlaps are cut into."""
+
+
 class Pairs(eqx.Module):
-    """Pairs of components whose footprints overlap in an observation; each component with itself first.
+    """Pairs of components whose footprints overlap in an observation, tile by tile; each component with itself first.
 
     Attributes
     ----------
     members : array of int, shape (p, 2)
         Numbers of the components.
     box : array of int, shape (p, 4)
-        First and last+1 row, first and last+1 column of what both cover, in the observation's window.
+        First and last+1 row, first and last+1 column of a tile of what both cover, in the observation's window.
     num_single, count : int
-        How many components there are, and how many pairs; what follows is padding.
+        How many tiles there are of components with themselves, and in all; what follows is padding.
     window : (int, int)
-        Rows and columns that hold every box.
+        Rows and columns of a tile at most.
     """
 
     members: Int[Array, "p 2"]
@@ -59,6 +63,8 @@ class Footprints(eqx.Module):
     ----------
     index : array of int, shape (m,)
         The free coordinates.
+    group : array of int, shape (m,)
+        Which component each belongs to; one more than the last for those of observations.
     places : array of int, shape (member, slot, channel)
         Which of them is in a slot of a component, by channel of the model; m for none. Members are numbered through all stacks.
     own_places : tuple of arrays of int, shape (g,)
@@ -79,6 +85,7 @@ class Footprints(eqx.Module):
     """
 
     index: Int[Array, " m"]
+    group: Int[Array, " m"]
     places: Int[Array, "member slot channel"]
     own_places: tuple[Int[Array, " _"], ...]
     element_places: Int[Array, " e"]
@@ -128,8 +135,11 @@ def footprints(
     num_colors = int(color.max(initial=0)) + 1
     element_places = _element_places(problem, index)
     places, own_places = _places(problem, element_places, len(index), starts)
+    group = np.full(len(index) + 1, len(places))
+    group[places.ravel()] = np.repeat(np.arange(len(places)), places[0].size if len(places) else 1)
     return Footprints(
         index=as_integers(index),
+        group=as_integers(group[: len(index)]),
         places=as_integers(places),
         own_places=tuple(as_integers(own) for own in own_places),
         element_places=as_integers(element_places),
@@ -261,19 +271,29 @@ def _pairs(numbers: np.ndarray, covered: np.ndarray, shape: tuple[int, ...]) -> 
     some = ~_is_empty(shared)
     single = np.nonzero(np.diagonal(some))[0]
     first, second = (np.concatenate([single, others]) for others in np.nonzero(np.triu(some, 1)))
-    boxes = shared[first, second]
-    members = np.stack([numbers[first], numbers[second]], axis=-1).reshape(-1, 2)
-    sides = boxes[:, [1, 3]] - boxes[:, [0, 2]]
-    largest = sides.max(axis=0, initial=1)
-    height, width = (min(bucket_size(int(side)), limit) for side, limit in zip(largest, shape, strict=True))
+    height, width = (min(TILE, limit) for limit in shape)
+    rows, boxes = _tiles(shared[first, second], height, width)
+    members = np.stack([numbers[first], numbers[second]], axis=-1).reshape(-1, 2)[rows]
     padding = _room(max(len(boxes), 1)) - len(boxes)
     return Pairs(
         members=as_integers(np.pad(members, ((0, padding), (0, 0)))),
         box=as_integers(np.pad(boxes, ((0, padding), (0, 0)))),
-        num_single=as_integers(len(single)),
+        num_single=as_integers(np.sum(rows < len(single))),
         count=as_integers(len(boxes)),
         window=(height, width),
     )
+
+
+def _tiles(boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut boxes (n, 4) into tiles; return which box each is of, in order, and the tiles, shape (tile, 4)."""
+    rows, tiles = [np.zeros(0, int)], [np.zeros((0, 4), int)]
+    for number, (y0, y1, x0, x1) in enumerate(boxes):
+        top, left = (
+            part.ravel() for part in np.meshgrid(np.arange(y0, y1, height), np.arange(x0, x1, width), indexing="ij")
+        )
+        tiles.append(np.stack([top, np.minimum(top + height, y1), left, np.minimum(left + width, x1)], axis=-1))
+        rows.append(np.full(len(top), number))
+    return np.concatenate(rows), np.concatenate(tiles)
 
 
 def disjoint_colors(covered: np.ndarray) -> np.ndarray:

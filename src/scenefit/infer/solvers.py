@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_floats, as_integers
-from scenefit.infer.dense import dense_descent
-from scenefit.infer.descent import Descent, QuadraticModel
+from scenefit.infer.dense import dense_descent, stretched
+from scenefit.infer.descent import Descent, QuadraticModel, Secant
 from scenefit.infer.footprints import Footprints
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import combine, dot, image_curvature, prior_terms, select
@@ -58,6 +58,8 @@ class SolverState(eqx.Module):
     damping : float
     rejections : int
         How often the present step has been shortened.
+    secant : Secant or None
+        Of the full step from `best`; None for conjugate gradients.
     """
 
     best: State
@@ -69,6 +71,7 @@ class SolverState(eqx.Module):
     curvature: Float[Array, " n"]
     damping: Float[Array, ""]
     rejections: Int[Array, ""]
+    secant: Secant | None
 
 
 class StepReport(eqx.Module):
@@ -109,8 +112,9 @@ class StepReport(eqx.Module):
         return jnp.where(squared >= 0, jnp.sqrt(jnp.maximum(squared, 0.0)), jnp.inf)
 
 
-def start(problem: Problem, state: State) -> SolverState:
-    """Return the solver state to begin with."""
+def start(problem: Problem, state: State, *, dense: bool = False) -> SolverState:
+    """Return the solver state to begin with: for `dense_step`, or else for `gauss_newton_step`."""
+    nothing, ones = (as_floats(np.full(state.vector.shape, value)) for value in (0.0, 1.0))
     return SolverState(
         best=state,
         loss=as_floats(np.inf),
@@ -121,6 +125,7 @@ def start(problem: Problem, state: State) -> SolverState:
         curvature=as_floats(np.zeros(state.vector.shape)),
         damping=as_floats(FIRST_DAMPING),
         rejections=as_integers(0),
+        secant=Secant(nothing, nothing, nothing, nothing, ones) if dense else None,
     )
 
 
@@ -172,8 +177,10 @@ def dense_step(problem: Problem, carry: SolverState, where: Footprints) -> tuple
     """Do as `gauss_newton_step`, with the Hessian matrix of all free coordinates (`dense.dense_footprints`)."""
 
     def descend(at: _Linearization, accepted, damping) -> Descent:
-        (gradient,) = jax.linear_transpose(at.forward, at.state)(at.residual)
-        return dense_descent(problem, at.state, gradient.vector + at.prior_gradient, damping, where)
+        (slope,) = jax.linear_transpose(at.forward, at.state)(at.residual)
+        gradient = slope.vector + at.prior_gradient
+        stretch = stretched(carry.secant, gradient, 0.25**carry.rejections, where)
+        return dense_descent(problem, at.state, gradient, damping, where, stretch)
 
     return _step(problem, carry, descend)
 
@@ -234,6 +241,7 @@ def _step(problem: Problem, carry: SolverState, descend: Callable) -> tuple[Solv
         curvature=jnp.where(accepted, descent.diagonal.vector, carry.curvature),
         damping=jnp.where(restart, jnp.minimum(damping * 30, MAX_DAMPING), damping),
         rejections=jnp.where(restart, 0, rejections),
+        secant=select(accepted, descent.secant, carry.secant),
     )
     return following, report
 
