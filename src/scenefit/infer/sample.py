@@ -26,7 +26,7 @@ from scenefit.model.link import AbstractCurve, AbstractLink
 from scenefit.model.scene import Scene
 
 METHODS = ("laplace", "svi", "nuts", "linear")
-JUDGED_DRAWS = 200
+JUDGED_DRAWS = 1000
 """Draws of an approximation whose posterior density is computed, for Pareto's k."""
 SWEEPS = (4, 16, 64)
 """Sweeps of the chains of the linear method from one draw to the next: more, from the start, if so many don't mix them."""

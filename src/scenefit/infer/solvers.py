@@ -175,11 +175,14 @@ def gauss_newton_step(
 
 def dense_step(problem: Problem, carry: SolverState, where: Footprints) -> tuple[SolverState, StepReport]:
     """Do as `gauss_newton_step`, with the Hessian matrix of all free coordinates (`dense.dense_footprints`)."""
+    secant = carry.secant
+    if secant is None:
+        raise ValueError("dense_step wants the solver state of start(..., dense=True).")
 
     def descend(at: _Linearization, accepted, damping) -> Descent:
         (slope,) = jax.linear_transpose(at.forward, at.state)(at.residual)
         gradient = slope.vector + at.prior_gradient
-        stretch = stretched(carry.secant, gradient, 0.25**carry.rejections, where)
+        stretch = stretched(secant, gradient, 0.25**carry.rejections, where)
         return dense_descent(problem, at.state, gradient, damping, where, stretch)
 
     return _step(problem, carry, descend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,15 +18,19 @@ from scenefit.infer.inverse import coordinate_names, covariance_of, undetermined
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import AMPLITUDES, Problem, State, smooth_range
 
-NEWTON_STEPS, LONGEST_STEP, SMALL_STEP = 3, 1.0, 0.05
+NEWTON_STEPS, LONGEST_STEP, SMALL_STEP, UPHILL = 6, 1.0, 0.05, 0.05
 """Newton steps at most from the mode of the parameters' density to that of the coordinates', and their lengths (root mean square
-in standard deviations): at most, and at the end."""
+in standard deviations): at most, and at the end; a step is shortened if it raises minus the log-density by more than the last."""
 DIFFERENCE, SMALLEST_CURVATURE = 0.3, 0.05
 """Standard deviations over which gradients are differenced, and the curvature in these units below which it isn't believed."""
 
 
 LARGEST_SPREAD = 0.5
 """Amplitudes are fractions: their standard deviations can't be larger, however alike neighbouring rings look."""
+
+
+SATURATED_SPREAD = 1.5
+"""Of a logarithm or a logit that the data don't determine."""
 
 
 class Target(eqx.Module):
@@ -126,6 +132,8 @@ def laplace_target(problem: Problem, state: State, layout: Layout, where: Footpr
     gauss_newton = np.asarray(_gauss_newton(problem, state, where), dtype=float)
     index = np.asarray(where.index)
     gauss_newton += np.diag(_of_amplitudes(problem)[index] / LARGEST_SPREAD**2)
+    # Where a map saturates, the data say nothing, but the density of the coordinate falls off like its volume.
+    gauss_newton += np.diag(is_mapped(problem)[index] / SATURATED_SPREAD**2)
     covariance = covariance_of(gauss_newton)
     sigma = np.sqrt(np.diag(covariance))
     if not np.isfinite(sigma).all():
@@ -173,10 +181,16 @@ def _at_mode(target: Target) -> Target:
     """
     size = len(target.center)
     ends = np.concatenate([np.zeros((1, size)), DIFFERENCE * np.eye(size), -DIFFERENCE * np.eye(size)])
+    known, part = None, 1.0
     for _ in range(NEWTON_STEPS):
-        values, slopes = (np.asarray(part, dtype=float) for part in _slopes(target, as_floats(ends)))
-        if not (np.isfinite(values).all() and np.isfinite(slopes).all()):
+        values, slopes = (np.asarray(each, dtype=float) for each in _slopes(target, as_floats(ends)))
+        finite = np.isfinite(values).all() and np.isfinite(slopes).all()
+        if known is None and not finite:
             raise ValueError("The posterior density isn't finite about the result of the fit.")
+        if known is not None and not (finite and values[0] < known.potential + UPHILL):
+            part *= 0.25
+            target = _about(target, known.center + part * known.move, known.root)
+            continue
         matrix = (slopes[1 : size + 1] - slopes[size + 1 :]) / (2 * DIFFERENCE)
         curvature, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
         # Directions in which the density isn't peaked keep the curvature of Gauss and Newton.
@@ -185,11 +199,26 @@ def _at_mode(target: Target) -> Target:
         length = np.sqrt(np.mean(step**2))
         step = step * min(1.0, LONGEST_STEP / max(length, 1e-30))
         root, center = np.asarray(target.root, dtype=float), np.asarray(target.center, dtype=float)
-        center, root = center + root @ step, root @ (vectors / np.sqrt(curvature))
-        target = eqx.tree_at(lambda t: (t.center, t.root), target, (as_floats(center), as_floats(root)))
+        known, part = _Newton(center, root @ (vectors / np.sqrt(curvature)), root @ step, values[0]), 1.0
+        target = _about(target, center + known.move, known.root)
         if length < SMALL_STEP:
-            break
-    return target
+            return target
+    # Where the last step led has not been seen.
+    return target if known is None else _about(target, known.center, known.root)
+
+
+class _Newton(NamedTuple):
+    """A center whose density and Hessian are known, and the step from there to the mode."""
+
+    center: np.ndarray
+    root: np.ndarray
+    move: np.ndarray
+    potential: float
+
+
+def _about(target: Target, center: np.ndarray, root: np.ndarray) -> Target:
+    """Return the target about another center, whitened by another root."""
+    return eqx.tree_at(lambda t: (t.center, t.root), target, (as_floats(center), as_floats(root)))
 
 
 def _of_amplitudes(problem: Problem) -> np.ndarray:
