@@ -74,8 +74,8 @@ class Footprints(eqx.Module):
     color : array of int, shape (member,)
         Components of one color are apart from one another in all observations.
     num_colors : int
-    colors : array of int
-        0, 1, ...: as many as there is room for.
+    room : int
+        So many colors or more: few distinct numbers.
     cores : tuple of (array of int, shape (n, 2)) or None
         For each stack, the first pixel of the part of each stamp that is differentiated; None for all of it.
     core_sizes : tuple of ((int, int) or None)
@@ -91,7 +91,7 @@ class Footprints(eqx.Module):
     element_places: Int[Array, " e"]
     color: Int[Array, " member"]
     num_colors: Int[Array, ""]
-    colors: Int[Array, " k"]
+    room: int = eqx.field(static=True)
     cores: tuple[Int[Array, "n 2"] | None, ...]
     core_sizes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
     pairs: tuple[Pairs, ...]
@@ -145,7 +145,7 @@ def footprints(
         element_places=as_integers(element_places),
         color=as_integers(color),
         num_colors=as_integers(num_colors),
-        colors=as_integers(np.arange(_room(num_colors))),
+        room=_room(num_colors),
         cores=tuple(origins),
         core_sizes=tuple(sizes),
         pairs=tuple(

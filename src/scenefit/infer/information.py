@@ -126,8 +126,7 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
     def step(number, filled):
         return [images.at[number].set(image) for images, image in zip(filled, one(number), strict=True)]
 
-    room = len(where.colors) * num_slots
-    blank = [jnp.zeros((room, *image.data.shape), image.data.dtype) for image in images]
+    blank = [jnp.zeros((where.room * num_slots, *image.data.shape), image.data.dtype) for image in images]
     filled = lax.fori_loop(0, where.num_colors * num_slots, step, blank)
     return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled]
 

@@ -14,9 +14,9 @@ import numpyro.distributions as dist
 from scipy.special import log_ndtr
 
 from scenefit.arrays.compilation import as_floats, as_integers, compiled
-from scenefit.infer.fit import FitResult
+from scenefit.infer.fit import FitResult, linear_coordinates
 from scenefit.infer.posterior import Layout
-from scenefit.infer.problem import LINEAR_LEAVES, Problem, State
+from scenefit.infer.problem import Problem, State
 from scenefit.infer.rings import Rings, ring_columns
 from scenefit.infer.truncated import TruncatedDensity
 from scenefit.model.parameters import Parameter
@@ -223,9 +223,7 @@ def _check(problem: Problem, result: FitResult):
 
 def _linear_coordinates(problem: Problem) -> np.ndarray:
     """Return the coordinates of fluxes and backgrounds."""
-    index = np.asarray(problem.index)
-    parts = [index[leaf.start : leaf.stop] for leaf in problem.leaves if leaf.name in LINEAR_LEAVES]
-    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, int)
+    return np.unique(np.asarray(problem.index)[linear_coordinates(problem)])
 
 
 def _normal_equations(problem, state, points, directions) -> tuple[np.ndarray, float, np.ndarray]:

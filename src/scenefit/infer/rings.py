@@ -85,7 +85,7 @@ def ring_columns(problem: Problem, layout: Layout, result: FitResult, vector: np
     groups, columns, place = [], [], 0
     for path, component in result.scene.components():
         name = f"{path}.morphology.amplitudes"
-        if not isinstance(component.morphology, MultiGaussianMorphology) or not _is_free(parameters, name):
+        if not isinstance(component.morphology, MultiGaussianMorphology) or not parameters.is_fitted(name):
             continue
         _check_untied(parameters, path)
         amplitudes, fluxes = (index[layout.places[each][0]] for each in (name, f"{path}.spectrum.flux"))
@@ -151,9 +151,3 @@ def _check_untied(parameters: Parameters, path: str):
         )
     if not parameters.table[flux].free:
         raise ValueError(f"{amplitudes} is free and {flux} isn't: free both, or fix both.")
-
-
-def _is_free(parameters: Parameters, path: str) -> bool:
-    """Return whether a parameter is free, or tied to one that is."""
-    parameter = parameters.table[path]
-    return (parameters.table[parameter.tied_to] if parameter.tied_to else parameter).free

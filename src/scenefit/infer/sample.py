@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import equinox as eqx
 import jax
@@ -307,10 +306,5 @@ def _elements_at(problem: Problem, vectors):
 def _parameter_draws(elements, layout, result) -> dict[str, np.ndarray]:
     """Return the draws of all free parameters, and those tied to them, by path, from those of all elements."""
     elements = np.asarray(elements, dtype=float)
-    parameters: Mapping = result.parameters.table
-    draws = {}
-    for path, (numbers, units) in layout.places.items():
-        parameter = parameters[path]
-        if (parameters[parameter.tied_to] if parameter.tied_to else parameter).free:
-            draws[path] = elements[..., numbers] * units
-    return draws
+    fitted = result.parameters.is_fitted
+    return {path: elements[..., numbers] * units for path, (numbers, units) in layout.places.items() if fitted(path)}

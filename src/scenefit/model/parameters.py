@@ -217,6 +217,10 @@ class Parameters(eqx.Module):
                 table |= {p.path: p.replace(tied_to=first) for p in self if p.tied_to == name}
         return Parameters(table, self.pixel_scale)
 
+    def is_fitted(self, path: str) -> bool:
+        """Return whether the parameter at a path is free, or tied to one that is."""
+        return self.table[self.table[path].tied_to or path].free
+
     def completed(self, observations) -> Parameters:
         """Return a copy that has the parameters of all observations, those that weren't there fixed."""
         table = dict(self.table)
@@ -228,7 +232,7 @@ class Parameters(eqx.Module):
     def check_anchored(self):
         """Raise ValueError if every observation's shift is free: the model's own position is then undefined."""
         shifts = [p for p in self if p.path.startswith("observations.") and p.path.endswith(".astrometry.shift")]
-        if shifts and all(self.table[p.tied_to or p.path].free for p in shifts):
+        if shifts and all(self.is_fitted(p.path) for p in shifts):
             raise ValueError(
                 "All observations' astrometry.shift are free; nothing then says where the model lies. "
                 f"Keep at least one of {[p.path for p in shifts]} fixed as the anchor."

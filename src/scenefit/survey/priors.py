@@ -314,9 +314,9 @@ def _view(scene: Scene, obs: Observation, parameters: Parameters) -> _Appearance
     positions = np.nan_to_num(pixel_map(frame.wcs, obs.wcs, y, x), nan=-1e6)
     psf_sigma = np.broadcast_to(obs.psf.effective_sigma, count)
     groups, group, distance = _nearest(positions, obs.shape[1:], max(1.0, float(psf_sigma.max())))
-    background, slope = (parameters.table[f"observations.{obs.name}.{n}"] for n in ("background", "background_slope"))
-    sky = _measure_sky(obs, distance, _is_fitted(slope, parameters))
-    level = sky.level if _is_fitted(background, parameters) else obs.background
+    base = f"observations.{obs.name}"
+    sky = _measure_sky(obs, distance, parameters.is_fitted(f"{base}.background_slope"))
+    level = sky.level if parameters.is_fitted(f"{base}.background") else obs.background
     image = obs.data - obs.with_background(level, sky.slope).background_image()
     pixel = 1.0 if obs.wcs is None else pixel_scale_of(obs.wcs) / frame.pixel_scale
     light, radius = np.zeros((2, len(centers), count))
@@ -334,11 +334,6 @@ def _view(scene: Scene, obs: Observation, parameters: Parameters) -> _Appearance
         light=light,
         radius=radius,
     )
-
-
-def _is_fitted(parameter: Parameter, parameters: Parameters) -> bool:
-    """Return whether a parameter is free or tied to one that is."""
-    return parameters.table[parameter.tied_to or parameter.path].free
 
 
 def _nearest(positions, shape, closest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
