@@ -6,6 +6,7 @@ import numpyro.distributions as dist
 import pytest
 
 from scenefit.app.serialization import load, save
+from scenefit.data.noise import StudentTNoise
 from scenefit.data.observation import Calibration, Observation
 from scenefit.infer.errors import parameter_errors
 from scenefit.infer.fit import fit
@@ -136,3 +137,20 @@ def test_bad_calibrations(case):
     given, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         observe("one", 1.2, calibration=Calibration(**given))
+
+
+def test_errors_with_wide_wings_are_of_the_fisher_information():
+    """Of a flux: per pixel, Student's t of scale s has the information (nu + 1) / ((nu + 3) s^2)."""
+    scene = Scene(FRAME, {"star": Source((25.2, 31.4), [20.0], PointMorphology())})
+    nu, psf = 5.0, GaussianPSF(1.5)
+    noise = StudentTNoise(np.full((1, *SHAPE), SIGMA**-2), nu)
+    blank = Observation(np.zeros(SHAPE), noise=noise, psf=psf, channels=["g"], name="one")
+    template = blank.render(scene)[0] / 20.0
+    scale = SIGMA * np.sqrt((nu - 2) / nu)
+    data = 20.0 * template + scale * np.random.default_rng(1).standard_t(nu, SHAPE)
+    obs = Observation(data, noise=noise, psf=psf, channels=["g"], name="one")
+    result = fit(scene, obs, Parameters.default(scene, [obs]).fix("sources.star.center"), progress=False)
+    error = parameter_errors(result)["sources.star.spectrum.flux"][0]
+    expected = scale * np.sqrt((nu + 3) / (nu + 1) / (template**2).sum())
+    # 1e-4: rounding in float32.
+    assert error == pytest.approx(expected, rel=1e-4)

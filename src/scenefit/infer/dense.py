@@ -44,7 +44,7 @@ def dense_footprints(
     if not 0 < free[index].sum() <= MAX_COORDINATES or any(np.any(image) for image in problem.free.images):
         return None
     where = footprints(problem, layout, scene, observations, cores=cores)
-    size = len(where.colors) * where.places.shape[1] * sum(image.data.size for image in problem.images)
+    size = where.room * where.places.shape[1] * sum(image.data.size for image in problem.images)
     return where if size <= MAX_SIZE else None
 
 
@@ -66,9 +66,9 @@ def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -
     return own + (vectors * jnp.maximum(values, 0.0)) @ vectors.T
 
 
-def hessian(problem: Problem, state: State, where: Footprints) -> Float[Array, "m m"]:
-    """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`."""
-    return information(problem, state, where) + potential_hessian(problem, state, where.index)
+def hessian(problem: Problem, state: State, where: Footprints, kind: str = "score") -> Float[Array, "m m"]:
+    """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`; see `information` for `kind`."""
+    return information(problem, state, where, kind) + potential_hessian(problem, state, where.index)
 
 
 def dense_descent(

@@ -18,8 +18,9 @@ from scenefit.infer.problem import Problem, State
 def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
     """Return the standard errors of all free parameters, everything else marginalised.
 
-    From the inverse of the Gauss-Newton Hessian (the data's information and the curvature of the priors) and the derivative
-    of the parameters; values at a bound count as free. `sample(result, "laplace")` has the exact Hessian, and judges it.
+    From the inverse of the Hessian that is expected of such data (their Fisher information and the curvature of the priors) and
+    the derivative of the parameters; values at a bound count as free. `sample(result, "laplace")` has the exact Hessian, and
+    judges it.
 
     Parameters
     ----------
@@ -46,14 +47,13 @@ def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
     finite = np.where(np.isfinite(covariance), covariance, 0.0)
     variance = np.einsum("em,mk,ek->e", slopes, finite, slopes)
     errors = np.where((slopes[:, lost] != 0).any(axis=1), np.inf, np.sqrt(np.maximum(variance, 0.0)))
-    table = result.parameters.table
-    free = {path for path, p in table.items() if (table[p.tied_to] if p.tied_to else p).free}
-    return {path: errors[numbers] * units for path, (numbers, units) in layout.places.items() if path in free}
+    fitted = result.parameters.is_fitted
+    return {path: errors[numbers] * units for path, (numbers, units) in layout.places.items() if fitted(path)}
 
 
 @compiled
 def _information(problem: Problem, state: State, where: Footprints):
-    """Return the Hessian (m, m), and the derivatives of all elements along the coordinates (e, m)."""
+    """Return information and curvature of the priors (m, m), and derivatives of all elements along the coordinates (e, m)."""
     rows = (where.index[:, None] == jnp.arange(len(state.vector))).astype(state.vector.dtype)
     slopes = jax.vmap(lambda row: jax.jvp(problem.elements, (state.vector,), (row,))[1])(rows)
-    return hessian(problem, state, where), slopes.T
+    return hessian(problem, state, where, "fisher"), slopes.T
