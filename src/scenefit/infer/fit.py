@@ -177,6 +177,7 @@ class _Run:
         self.rtol, self.max_steps, self.callback = rtol, max_steps, callback
         self.rows: list[dict] = []
         self.growths, self.roomy = 0, frozenset()
+        self.has_profiles = any(not isinstance(c.morphology, AbstractImageMorphology) for _, c in scene.components())
         self.begin = time.perf_counter()
         self.pack()
 
@@ -252,7 +253,7 @@ class _Run:
     def grow(self, remaining: float) -> bool:
         """Enlarge the stamps that light leaves, and start anew on these; return whether there were any."""
         near = remaining < GROWTH_TOLERANCE * self.rtol
-        if self.growths >= MAX_GROWTHS:
+        if self.growths >= MAX_GROWTHS or not (near or self.has_profiles):
             return False
         scene, observations = self.unpack()
         views = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -20,12 +21,13 @@ from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
 from scenefit.infer.fit import FitResult
 from scenefit.infer.linear import LinearModel, data_losses, linear_model
 from scenefit.infer.problem import Problem, State
+from scenefit.infer.progress import with_progress
 from scenefit.infer.target import Target, laplace_target
 from scenefit.model.link import AbstractCurve, AbstractLink
 from scenefit.model.scene import Scene
 
 METHODS = ("laplace", "svi", "nuts", "linear")
-JUDGED_DRAWS = 1000
+JUDGED_DRAWS, JUDGED_BATCH = 1000, 100
 """Draws of an approximation whose posterior density is computed, for Pareto's k."""
 SWEEPS = (4, 16, 64)
 """Sweeps of the chains of the linear method from one draw to the next: more, from the start, if so many don't mix them."""
@@ -246,8 +248,9 @@ def _sample_linear(
     log_density = model.density.log_density(values)
     if not model.is_exact:
         flat, chosen = values.reshape(-1, values.shape[-1]), _spread(values.shape[0] * values.shape[1], JUDGED_DRAWS)
-        losses = data_losses(problem, state, as_floats(vectors.reshape(-1, vectors.shape[-1])[chosen]))
-        judged = diagnostics.of_approximation(-np.asarray(losses, dtype=float), model.log_likelihood(flat[chosen]))
+        points = as_floats(vectors.reshape(-1, vectors.shape[-1])[chosen])
+        losses = _in_batches(lambda rows: data_losses(problem, state, points[rows]), len(chosen), progress)
+        judged = diagnostics.of_approximation(-losses, model.log_likelihood(flat[chosen]))
         found = eqx.tree_at(lambda d: d.pareto_k, found, judged.pareto_k)
     status, message = found.judge()
     evidence = truncated.log_evidence(model.density, values, rng) if model.is_proper else (float("nan"), float("nan"))
@@ -281,11 +284,20 @@ def _approximate(target, method, key, count, guide, num_steps, num_particles, pr
         fitted, _, complete = guides.fit_guide(target, first, guide, num_steps, num_particles, progress)
         white, proposal = guides.guide_draws(fitted, jax.random.split(second, count))
     judged = min(count, JUDGED_DRAWS)
-    density = np.asarray(_log_densities(target, white[:judged]), dtype=float)
+    density = _in_batches(lambda rows: _log_densities(target, white[rows]), judged, progress)
     found = diagnostics.of_approximation(density, np.asarray(proposal[:judged], dtype=float))
     log_density = np.full((1, count), np.nan)
     log_density[0, :judged] = density
     return np.asarray(white)[None], log_density, found, complete
+
+
+def _in_batches(function: Callable, count: int, progress: bool) -> np.ndarray:
+    """Return a function of draws, given their numbers, for all of them: so many at a time that it can be seen to go on."""
+    batch = min(count, JUDGED_BATCH)
+    # The last batch is filled up: another size would be compiled anew.
+    rows = [np.minimum(np.arange(first, first + batch), count - 1) for first in range(0, count, batch)]
+    parts = [np.asarray(function(each), dtype=float) for each in with_progress(rows, "diagnostics", progress)]
+    return np.concatenate(parts)[:count]
 
 
 @compiled
