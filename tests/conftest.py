@@ -33,6 +33,15 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Drop compiled programs before their parts of memory become too many for the operating system (65530 in Linux)."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     """Random key of JAX, the same in every run."""

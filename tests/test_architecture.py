@@ -13,9 +13,22 @@ ROOT = Path(scenefit.__file__).parent
 
 # Folders from left to right, and the modules of each in the order in which they may import one another.
 ORDER = {
-    "arrays": ["box", "compilation", "linear", "fourier", "stamps", "starlet", "profiles"],
-    "sky": ["units", "psf", "mixture", "frame"],
-    "data": ["noise", "renderer", "observation"],
+    "arrays": ["box", "compilation", "linear", "vecchia", "fourier", "stamps", "starlet", "profiles"],
+    "sky": ["units", "psf", "resampledpsf", "mixture", "frame"],
+    "data": [
+        "weights",
+        "nuisances",
+        "abstractnoise",
+        "noise",
+        "correlation",
+        "blanksky",
+        "correlated",
+        "sampling",
+        "renderer",
+        "resample",
+        "observation",
+        "resampled",
+    ],
     "model": ["parameters", "link", "spectrum", "morphology", "starlet", "source", "packing", "scene"],
     "infer": [
         "progress",

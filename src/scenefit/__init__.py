@@ -3,8 +3,11 @@
 from scenefit.app import datasets, plot
 from scenefit.app.io import read_catalog, read_observations
 from scenefit.app.serialization import load, save
+from scenefit.data.correlated import CorrelatedNoise
 from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
-from scenefit.data.observation import Astrometry, Calibration, Observation
+from scenefit.data.nuisances import Astrometry, Calibration
+from scenefit.data.observation import Observation
+from scenefit.data.resampled import CorrelatedObservation
 from scenefit.infer.batch import fit_many
 from scenefit.infer.diagnostics import PosteriorStatus
 from scenefit.infer.errors import parameter_errors
@@ -40,6 +43,8 @@ __all__ = [
     "Astrometry",
     "Calibration",
     "CompositeSource",
+    "CorrelatedNoise",
+    "CorrelatedObservation",
     "DeVaucouleursMorphology",
     "ExponentialMorphology",
     "FitResult",

@@ -39,6 +39,7 @@ from scenefit.model.starlet import StarletMorphology
 from scenefit.sky.frame import Frame
 from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import GaussianPSF, ImagePSF
+from scenefit.sky.resampledpsf import ResampledPSF
 
 RNG = np.random.default_rng(3)
 PRIORS = [
@@ -177,6 +178,9 @@ EXAMPLES = {
     "Box": Box((3, 4), (-1, 2)),
     "GaussianPSF": GaussianPSF([1.1, 1.3], integrate_pixel=True),
     "ImagePSF": ImagePSF(RNG.uniform(0.5, 1, size=(2, 8, 7)), center="centroid", oversampling=1.5),
+    "ResampledPSF": ResampledPSF(
+        ImagePSF(RNG.uniform(0.5, 1, size=(2, 8, 7)), center="centroid"), [[1 / 3, 2.0], [-2.0, 0.1]], 5
+    ),
     "Frame": make_scene().frame,
     "WhiteNoise": WhiteNoise(RNG.uniform(0, 1, size=(2, 3, 4))),
     "StudentTNoise": StudentTNoise(RNG.uniform(0, 1, size=(2, 3, 4)), 10 / 3),

@@ -12,7 +12,7 @@ from scenefit.data.observation import Astrometry, Observation
 from scenefit.model.morphology import PointMorphology
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
-from scenefit.sky.frame import Frame, is_same_frame
+from scenefit.sky.frame import Frame, is_same_frame, pixel_map
 from scenefit.sky.psf import GaussianPSF, ImagePSF
 from tests.helpers import CENTER_DEG, gaussian_image, make_observation, tangent_header, tangent_wcs
 
@@ -123,6 +123,24 @@ def test_epochs_of_one_band(data):
 def test_astrometry_or_its_shift(data, astrometry):
     # 1e-12: rounding in float64.
     np.testing.assert_allclose(observe(data, astrometry=astrometry).astrometry.shift, [0.03, -0.02], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rotation", [0.1, 6 * u.arcmin, np.array(0.1), np.deg2rad(0.1) * u.rad])
+def test_a_rotation_in_any_unit(data, rotation):
+    obs = observe(data, astrometry=Astrometry((0.03, -0.02), rotation))
+    # 1e-12: rounding in float64.
+    np.testing.assert_allclose(obs.astrometry.rotation, 0.1, rtol=1e-12)
+    np.testing.assert_allclose(observe(data).with_rotation(rotation).astrometry.rotation, 0.1, rtol=1e-12)
+    assert observe(data).astrometry.rotation == 0
+
+
+def test_shift_and_rotation_leave_each_other(data):
+    obs = observe(data).with_shift((0.1, -0.2)).with_rotation(0.3)
+    np.testing.assert_array_equal(obs.astrometry.shift, [0.1, -0.2])
+    assert obs.with_shift((0.0, 0.0)).astrometry.rotation == 0.3
+    changed = obs.with_nuisances({"astrometry.rotation": np.array(0.4)})
+    assert changed.nuisances()["astrometry.rotation"] == 0.4
+    np.testing.assert_array_equal(changed.astrometry.shift, [0.1, -0.2])
 
 
 def test_the_data_handed_in_stay_as_they_are(data):
@@ -661,6 +679,80 @@ def test_an_oversampled_psf_may_have_more_samples_than_the_data_pixels(data):
 def test_bad_shifts_are_refused(shift):
     with pytest.raises(ValueError, match=r"a finite shift \(east, north\) in arcsec; got"):
         Astrometry(shift)
+
+
+@pytest.mark.parametrize("rotation", [np.nan, 6.0, -1 * u.rad, (0.1, 0.2)])
+def test_bad_rotations_are_refused(rotation):
+    with pytest.raises(ValueError, match=r"one rotation \(north to east\) in degrees, at most 5 either way; got"):
+        Astrometry(rotation=rotation)
+
+
+def test_a_rotation_is_an_angle():
+    with pytest.raises(ValueError, match=r"The rotation must be in deg or a unit that converts to it; got"):
+        Astrometry(rotation=3 * u.m)
+
+
+def turned_far():
+    """A long image, and a frame of it that is hardly padded."""
+    frame = Frame((16, 160), channels="g", wcs=tangent_wcs((16, 160)), padding=4)
+    return make_observation((16, 160)), frame
+
+
+def test_pixels_may_not_look_so_far_beyond_the_frame_that_light_wraps():
+    obs, frame = turned_far()
+    # 4 pixels of 24 above and below: 4.5 at 79.5 pixels from the middle, 3.2 degrees.
+    message = r"^obs: turned by 4 degrees, pixels on the frame would look so far beyond it that light .*; at most 3\.2"
+    with pytest.raises(ValueError, match=message):
+        obs.with_rotation(4.0).match(frame)
+    with pytest.raises(ValueError, match=message):
+        obs.match(frame).with_rotation(4.0)
+    with pytest.raises(ValueError, match=message):
+        obs.match(frame).with_nuisances({"astrometry.rotation": np.array(4.0)})
+    with pytest.raises(ValueError, match=message):
+        obs.with_rotation(4.0).match_like(obs.match(frame, turning=True))
+
+
+def test_up_to_there_light_does_not_wrap():
+    """Light at one edge of the frame stays there, but for the far wings of the PSF."""
+    obs, frame = turned_far()
+    model = np.zeros((1, 16, 160))
+    model[0, 0, 80] = 1.0
+    image = obs.with_rotation(3.1).match(frame).render(model)[0]
+    # The opposite edge is 8 pixels or more from where the light wraps to, the PSF 1.5 wide.
+    assert np.abs(image[12:]).max() < 1e-4 * image.max()
+
+
+def test_sources_appear_where_they_are_rendered():
+    obs = make_observation((40, 40), scale_arcsec=0.2, rotation_deg=10, psf=GaussianPSF(1.2))
+    obs = obs.with_shift((0.13, -0.08)).with_rotation(2.0)
+    frame = Frame((64, 64), channels="g", wcs=tangent_wcs((64, 64)), padding=20)
+    place = np.array([44.2, 22.6])
+    image = obs.match(frame).render(gaussian_image((64, 64), place, 1.5)[None])[0]
+    y, x = np.mgrid[:40, :40]
+    seen = np.array([(y * image).sum(), (x * image).sum()]) / image.sum()
+    # 1e-4 of a pixel: wings cut off, and single precision.
+    np.testing.assert_allclose(obs.apparent_positions(place, frame), pixel_map(obs.wcs, frame.wcs, *seen), atol=2e-4)
+
+
+def test_a_turned_observation_gets_a_renderer_that_turns():
+    obs = make_observation()
+    frame = Frame((12, 14), channels="g", wcs=tangent_wcs((12, 14)), padding=20)
+    plain = obs.match(frame)
+    assert plain.renderer.turn is None
+    assert plain.match(frame) is plain
+    for turned in (
+        plain.with_rotation(0.5),
+        obs.with_rotation(0.5).match(frame),
+        obs.with_rotation(0.5).match_like(plain),
+    ):
+        assert turned.renderer.turn is not None
+        # It serves at other angles as well.
+        assert turned.match(frame) is turned
+        assert turned.with_rotation(0.0).match(frame).renderer.transfer is turned.renderer.transfer
+    model = gaussian_image((12, 14), (6, 7), 1.5)[None]
+    # 3e-5 of the peak: the window of the non-uniform transform.
+    again = obs.match(frame, turning=True)
+    np.testing.assert_allclose(again.render(model), plain.render(model), atol=3e-5 * plain.render(model).max())
 
 
 def test_messages_name_the_observation():

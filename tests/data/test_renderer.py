@@ -12,6 +12,7 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_area
 
 from scenefit.arrays.box import Box
+from scenefit.data.nuisances import Calibration
 from scenefit.data.renderer import (
     AbstractSampling,
     GridSampling,
@@ -301,6 +302,158 @@ def test_shift_is_differentiable(angle, clumps, eps):
     np.testing.assert_allclose(slope, difference, atol=tolerance)
 
 
+# ---- rotation
+
+
+TURNED = {
+    "grid": ((20, 22), 1.0, {"offset": (1.3, -0.4)}),
+    "parallel": ((13, 14), 1.6, {"rotation_deg": 90}),
+    "rotated": ((13, 14), 1.6, {"rotation_deg": 23, "flip": (True, False), "offset": (-1.1, 0.7)}),
+}
+ELLIPTICAL = gaussian_image((13, 13), (6.2, 5.6), 1.3) + gaussian_image((13, 13), (5.8, 6.4), 1.3)
+
+
+def turned_wcs(wcs, shape, angle):
+    """Return the WCS of an image whose sources appear turned by an angle, about its middle, to those who believe `wcs`."""
+    middle = [(n - 1) / 2 for n in shape[::-1]]
+    sky = wcs.pixel_to_world(*middle)
+    step = 0.5 * np.array([[1, -1, 0, 0], [0, 0, 1, -1]])
+    offsets = sky.spherical_offsets_to(wcs.pixel_to_world(*(m + s for m, s in zip(middle, step, strict=True))))
+    east, north = (part.deg for part in offsets)
+    matrix = np.array([[east[0] - east[1], east[2] - east[3]], [north[0] - north[1], north[2] - north[3]]])
+    # What seems to be at the position angle p + angle is at p.
+    sine, cosine = np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))
+    header = tangent_header(shape, SCALE, center_deg=(sky.ra.deg, sky.dec.deg))
+    for (i, j), value in np.ndenumerate(np.array([[cosine, -sine], [sine, cosine]]) @ matrix):
+        header[f"CD{i + 1}_{j + 1}"] = value
+    return WCS(header)
+
+
+def crowd(shape):
+    """A model image with sources everywhere but within 4 pixels of the edges."""
+    rng = np.random.default_rng(3)
+    places = rng.uniform(4, np.array(shape) - 5, (12, 2))
+    return sum(flux * gaussian_image(shape, place, 1.0) for place, flux in zip(places, 1 + rng.random(12), strict=True))
+
+
+@pytest.mark.parametrize("psf", [GaussianPSF(1.4), ImagePSF(ELLIPTICAL)], ids=["round", "elliptical"])
+@pytest.mark.parametrize("name", TURNED)
+def test_a_turned_observation_is_one_with_a_turned_wcs(name, psf):
+    shape, ratio, options = TURNED[name]
+    frame, model = model_frame((32, 34)), crowd((32, 34))[None]
+    obs = make_observation(shape, scale_arcsec=SCALE * ratio, psf=psf, **options)
+    shift = np.array([0.06, -0.03])
+    for angle in (0.3, -4.0):
+        sine, cosine = np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))
+        turned = obs.with_rotation(angle).with_shift(shift).match(frame)
+        image = turned.render(model)[0]
+        truth = make_observation(shape, psf=psf, wcs=turned_wcs(obs.wcs, shape, angle)).match(frame)
+        # Displaced after it is turned: by a direction as the believed WCS has it.
+        expected = truth.with_shift(np.array([[cosine, -sine], [sine, cosine]]) @ shift).render(model)[0]
+        seen = (image != 0) & (expected != 0)
+        assert seen.sum() > 0.8 * seen.size
+        # 1e-4 of the peak: the windows of both, 6e-5 at worst, and the parabola that turns the PSF.
+        np.testing.assert_allclose(image[seen], expected[seen], atol=1e-4 * expected.max())
+        unturned = turned.with_rotation(0.0).render(model)[0]
+        assert np.abs(unturned - expected)[seen].max() > 5e-3 * expected.max()
+
+
+def test_rotation_turns_from_north_to_east():
+    """The position angle from the middle of the image grows."""
+    frame = model_frame((48, 48))
+    obs = make_observation((22, 22), scale_arcsec=2 * SCALE, psf=GaussianPSF(1.2), rotation_deg=23, flip=(False, True))
+    model = gaussian_image((48, 48), (30.4, 12.1), 1.5)[None]
+    middle = obs.wcs.pixel_to_world(10.5, 10.5)
+    before, after = (
+        obs.wcs.pixel_to_world(*centroid(obs.with_rotation(angle).match(frame).render(model)[0])[::-1])
+        for angle in (0.0, 2.5)
+    )
+    change = (middle.position_angle(after) - middle.position_angle(before)).wrap_at(180 * u.deg)
+    # 1e-3 deg, and as much of the distance: 1e-4 of a pixel at 7 pixels.
+    assert change.deg == pytest.approx(2.5, abs=1e-3)
+    assert middle.separation(after).arcsec == pytest.approx(middle.separation(before).arcsec, rel=2e-5)
+
+
+def test_rotation_without_wcs_is_from_y_to_x():
+    frame = Frame((41, 41), channels="g", padding=20)
+    obs = make_observation((41, 41), wcs=None).match(frame).with_rotation(5.0)
+    image = obs.render(gaussian_image((41, 41), (30, 20), 1.5)[None])[0]
+    expected = 20 + 10 * np.array([np.cos(np.deg2rad(5)), np.sin(np.deg2rad(5))])
+    # 1e-4 of a pixel: wings cut off at the edges, and single precision.
+    np.testing.assert_allclose(centroid(image), expected, atol=1e-4)
+
+
+def test_the_blur_of_a_turned_image_stays_round():
+    """On rectangular pixels, in which it turns with the image."""
+    header = tangent_header((16, 22), 2 * SCALE)
+    header["CD2_2"] *= 1.4
+    frame, shape, model = model_frame((32, 34)), (16, 22), crowd((32, 34))[None]
+    options = {"psf": GaussianPSF(1.3), "calibration": Calibration(psf_variance=0.6)}
+    turned = make_observation(shape, wcs=WCS(header), **options).with_rotation(4.0).match(frame)
+    truth = make_observation(shape, wcs=turned_wcs(WCS(header), shape, 4.0), **options).match(frame)
+    image, expected = turned.render(model)[0], truth.render(model)[0]
+    seen = (image != 0) & (expected != 0)
+    np.testing.assert_allclose(image[seen], expected[seen], atol=1e-4 * expected.max())
+
+
+@pytest.fixture(scope="module")
+def turning():
+    obs = make_observation((13, 14), scale_arcsec=1.6 * SCALE, rotation_deg=23, psf=ImagePSF(ELLIPTICAL))
+    return obs.match(model_frame(), turning=True).renderer
+
+
+def test_rotation_is_differentiable(turning, clumps, eps):
+    """Forwards, along angle, shift and model together, against differences; backwards, it is the transpose of that."""
+    model = jnp.asarray(clumps[None], jnp.result_type(float))
+    shift = jnp.array([0.03, -0.05])
+
+    @jax.jit
+    def turned(angle, shift, model):
+        return turning(transform_model(model, turning.fft_shape), shift, None, angle)
+
+    start = jnp.asarray(0.4), shift, model
+    for direction in ((1.0, 0.0 * shift, 0 * model), (0.7, jnp.array([0.002, 0.001]), 0.01 * model[:, ::-1])):
+        direction = jax.tree.map(lambda d, s: jnp.asarray(d, s.dtype), direction, start)
+        image, slope = jax.jit(lambda d: jax.jvp(turned, start, d))(direction)
+        step = 0.3
+        ends = [
+            np.asarray(turned(*jax.tree.map(lambda s, d, f=sign * step: s + f * d, start, direction)), float)
+            for sign in (1, -1)
+        ]
+        difference = (ends[0] - ends[1]) / (2 * step)
+        # 5e-3 radians move the corners by 0.08 pixels: differences to third order are 1e-3 off; where positions go from one cell
+        # to the next, the window makes a step of 1e-5 of the peak, which is 1e-3 of the slope.
+        np.testing.assert_allclose(slope, difference, atol=2e-3 * np.abs(difference).max())
+        cotangent = jnp.asarray(np.random.default_rng(1).normal(size=image.shape), image.dtype)
+        gradient = jax.jit(lambda c: jax.vjp(turned, *start)[1](c))(cotangent)
+        product = sum(float(jnp.vdot(g, d)) for g, d in zip(gradient, direction, strict=True))
+        # 1000 eps: rounding in sums of 2000 values.
+        scale = float(jnp.linalg.norm(slope) * jnp.linalg.norm(cotangent))
+        assert product == pytest.approx(float(jnp.vdot(slope, cotangent)), abs=1000 * eps * scale)
+
+
+def test_a_rotation_bends_the_image(turning, clumps):
+    """The second derivative, which the Hessian of a posterior takes, against differences of the first."""
+    model = transform_model(jnp.asarray(clumps[None], jnp.result_type(float)), turning.fft_shape)
+
+    def slope(angle):
+        return jax.jvp(lambda a: turning(model, jnp.zeros(2), None, a), (angle,), (jnp.ones_like(angle),))[1]
+
+    bend = jax.jit(lambda angle: jax.jvp(slope, (angle,), (jnp.ones_like(angle),))[1])(jnp.asarray(0.4))
+    ends = [np.asarray(jax.jit(slope)(jnp.asarray(0.4 + step)), float) for step in (0.4, -0.4)]
+    difference = (ends[0] - ends[1]) / 0.8
+    # The error of the window, 1e-5, varies by 2 cycles a pixel, twenty times as fast as the image: 400 times that in the bend,
+    # and 1e-2 from the step, which is larger than above.
+    np.testing.assert_allclose(bend, difference, atol=5e-2 * np.abs(difference).max())
+
+
+def test_a_renderer_that_is_not_matched_for_it_does_not_turn(clumps):
+    renderer = make_observation((9, 10)).match(model_frame()).renderer
+    assert renderer.turn is None
+    with pytest.raises(ValueError, match=r"can't turn its observation: use match\(\.\.\., turning=True\)"):
+        renderer(jnp.zeros((1, 44, 23), complex), jnp.zeros(2), None, jnp.asarray(0.1))
+
+
 # ---- partial coverage, channels
 
 
@@ -407,14 +560,16 @@ def test_an_off_centre_psf_leaves_sources_in_place(shape):
 # ---- compilation
 
 
-@pytest.mark.parametrize(("ratio", "angle"), [(1.0, 0), (2.0, 0), (2.0, 23)])
-def test_another_observation_of_the_same_shape_compiles_nothing(ratio, angle):
+@pytest.mark.parametrize(
+    ("ratio", "angle", "turning"), [(1.0, 0, False), (2.0, 0, False), (2.0, 23, False), (2.0, 23, True)]
+)
+def test_another_observation_of_the_same_shape_compiles_nothing(ratio, angle, turning):
     traces = []
 
     @eqx.filter_jit
-    def counted(renderer, model, shift):
+    def counted(renderer, model, shift, rotation):
         traces.append(1)
-        return predict(renderer, model, shift)
+        return renderer(transform_model(model, renderer.fft_shape), shift, None, rotation)
 
     images = []
     for number in range(3):
@@ -430,7 +585,9 @@ def test_another_observation_of_the_same_shape_compiles_nothing(ratio, angle):
             psf=psf,
         )
         model = jnp.asarray(gaussian_image((30, 30), (14, 15), 1.5)[None], jnp.result_type(float))
-        images.append(np.asarray(counted(obs.match(frame).renderer, model, jnp.full(2, 0.01 * number))))
+        rotation = jnp.asarray(0.1 * number) if turning else None
+        renderer = obs.match(frame, turning=turning).renderer
+        images.append(np.asarray(counted(renderer, model, jnp.full(2, 0.01 * number), rotation)))
     assert len(traces) == 1
     assert not np.allclose(images[0], images[1], rtol=1e-3)
 

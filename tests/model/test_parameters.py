@@ -15,6 +15,7 @@ from tests.helpers import make_observation, tangent_wcs
 
 SCALE, BLUR = "observations.{}.calibration.flux_scale", "observations.{}.calibration.psf_variance"
 SHIFT, BACKGROUND = "observations.{}.astrometry.shift", "observations.{}.background"
+ROTATION = "observations.{}.astrometry.rotation"
 SLOPE = BACKGROUND + "_slope"
 
 
@@ -74,8 +75,10 @@ def test_default_choice(parameters):
         "sources.galaxy.morphology.half_light_radius": (),
         "sources.galaxy.morphology.ellipticity": (2,),
         SHIFT.format("HST"): (2,),
+        ROTATION.format("HST"): (),
         BACKGROUND.format("HST"): (1,),
         SHIFT.format("HSC"): (2,),
+        ROTATION.format("HSC"): (),
         BACKGROUND.format("HSC"): (2,),
         SLOPE.format("HST"): (1, 2),
         SLOPE.format("HSC"): (2, 2),
@@ -85,7 +88,9 @@ def test_default_choice(parameters):
         BLUR.format("HSC"): (2,),
     }
     fixed = {"sources.clumpy.center", "sources.free.center"}
-    fixed |= {path.format(name) for path in (SHIFT, BACKGROUND, SLOPE, SCALE, BLUR) for name in ("HST", "HSC")}
+    fixed |= {
+        path.format(name) for path in (SHIFT, ROTATION, BACKGROUND, SLOPE, SCALE, BLUR) for name in ("HST", "HSC")
+    }
     assert free_paths(parameters) == shapes.keys() - fixed
     assert parameters["sources.galaxy.spectrum.flux"].constraint is constraints.nonnegative
     assert parameters["sources.galaxy.morphology.ellipticity"].constraint is unit_disk
@@ -110,9 +115,9 @@ def test_pixels_are_drawn_to_their_envelope(parameters, scene):
         ("sources.galaxy", 4),
         ("sources.*.morphology", 6),
         ("sources.pair.parts.*.spectrum.flux", 2),
-        ("observations.HSC", 5),
+        ("observations.HSC", 6),
         ("observations.*.astrometry.shift", 2),
-        ("*", 26),
+        ("*", 28),
     ],
 )
 def test_patterns(parameters, pattern, count):

@@ -5,6 +5,7 @@ import pytest
 
 from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import EXTENT_TOLERANCE, AbstractPSF, GaussianPSF, ImagePSF, as_psf
+from scenefit.sky.resampledpsf import ResampledPSF, kernel_transform, kernel_widths
 from tests.helpers import final_classes, gaussian_image, spectrum_sum
 
 
@@ -44,12 +45,30 @@ def image_reference(image, center, oversampling=1.0):
     return lambda qy, qx: spectrum_sum(image / image.sum(), qy, qx, center, 1 / oversampling)
 
 
+def resampled(psf, references, affine, order):
+    """A PSF on other pixels, and its references: `tests/sky/test_resampledpsf.py` has the transform of the kernel by quadrature."""
+    widths = kernel_widths(affine)
+
+    def onto(reference):
+        def transform(qy, qx):
+            native = np.einsum("ab,a...->b...", affine, np.stack([qy, qx]))
+            kernel = [kernel_transform(q, order, width) for q, width in zip(native, widths, strict=True)]
+            inside = np.abs(native).max(axis=0) < psf.band_limit
+            return np.where(inside, reference(*native) * kernel[0] * kernel[1], 0.0)
+
+        return transform
+
+    return ResampledPSF(psf, affine, order), [onto(reference) for reference in references]
+
+
 ODD = elliptical_image((21, 23), (10, 11))
 FINE = elliptical_image((45, 45), (22, 22), sigma=4.5)
 EVEN = elliptical_image((20, 22), (9.7, 10.4))
 
 NARROW, WIDE, TILTED = [[1.0, 0.3], [0.2, 1.3]], [[3.0, 0.0], [0.0, 3.5]], [[1.5, 0.8], [0.0, 0.9]]
 
+ANGLE = np.deg2rad(23.0)
+TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])
 # name: PSF, and the transfer function of each of its channels by other means
 EXAMPLES = {
     "gaussian": (GaussianPSF(1.3), [gaussian_reference(1.3, False)]),
@@ -66,10 +85,10 @@ EXAMPLES = {
     ),
     "oversampled image": (ImagePSF(FINE, oversampling=3), [image_reference(FINE, (22, 22), 3.0)]),
     "even image": (ImagePSF(EVEN, center=(9.7, 10.4)), [image_reference(EVEN, (9.7, 10.4))]),
+    "resampled image": resampled(ImagePSF(ODD), [image_reference(ODD, (10, 11))], 1.4 * TURN, 3),
+    "resampled onto larger pixels": resampled(GaussianPSF(2.4), [gaussian_reference(2.4, False)], np.eye(2) / 1.5, 5),
 }
 
-ANGLE = np.deg2rad(23.0)
-TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])
 AFFINE = {
     "identity": np.eye(2),
     "coarser": 5.6 * np.eye(2),

@@ -112,7 +112,7 @@ def summary(result: FitResult, errors: dict[str, np.ndarray], seconds: dict[str,
     """Return what summary.json holds."""
     observations = {}
     for obs in result.observations:
-        count = obs.noise.valid.sum(axis=(1, 2))
+        count = obs.noise.num_modes()
         chi_square = obs.chi_square(result.scene) / np.maximum(count, 1)
         labels = [channel_label(channel) for channel in obs.channels]
         observations[obs.name] = {

@@ -30,10 +30,10 @@ from numpyro.distributions import constraints
 from numpyro.distributions.util import lazy_property
 
 from scenefit.arrays import box
-from scenefit.data import noise, observation
+from scenefit.data import noise, nuisances, observation
 from scenefit.infer import diagnostics, fit, sample
 from scenefit.model import link, morphology, parameters, scene, source, spectrum, starlet
-from scenefit.sky import frame, mixture, psf
+from scenefit.sky import frame, mixture, psf, resampledpsf
 
 SCHEMA_VERSION = 1
 """Version of the layout of saved files; `MIGRATIONS` has an entry for every older one."""
@@ -49,9 +49,11 @@ INLINE_SIZE = 16
 _MODULES = (
     box,
     psf,
+    resampledpsf,
     mixture,
     frame,
     noise,
+    nuisances,
     observation,
     spectrum,
     link,

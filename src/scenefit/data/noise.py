@@ -1,8 +1,7 @@
-"""Noise models: what the residuals of an observation are compared with."""
+"""Noise that is independent from pixel to pixel: Gaussian, with wide wings, with a floor, of counts."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -11,102 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from numpyro.distributions import constraints
 
-
-class AbstractNoise(eqx.Module):
-    """Distribution of `data - model` over the pixels of an observation, shape (channel, y, x).
-
-    Class attributes
-    ----------------
-    constraints : dict
-        numpyro constraint of every parameter of the noise itself, by field name; shape (channel,), in flux per pixel.
-    is_gaussian : bool
-        Whether all its residuals are the whitened one.
-    """
-
-    constraints: ClassVar[dict[str, constraints.Constraint]]
-    is_gaussian: ClassVar[bool]
-
-    @property
-    @abstractmethod
-    def valid(self) -> np.ndarray:
-        """Which pixels carry information; bool, shape (channel, y, x)."""
-
-    @abstractmethod
-    def level(self) -> np.ndarray:
-        """Return the typical standard deviation of a pixel, shape (channel,); 1 for channels without information."""
-
-    @abstractmethod
-    def whiten(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
-        """Return the residual in independent units of its standard deviation; 0 where there is no information."""
-
-    @abstractmethod
-    def deviance_residual(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
-        """Return the signed root of the deviance of `model - data`: half its square is the loss of a pixel.
-
-        For Gaussian noise the whitened residual.
-        """
-
-    @abstractmethod
-    def score_residual(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
-        """Return a residual of `model - data` for Gauss-Newton steps.
-
-        With its Jacobian J, J^T times it is the gradient of the loss of the pixels, and J^T J a bound of the Hessian.
-        (Iteratively reweighted least squares, Holland & Welsch 1977, Commun. Stat. A 6, 813, doi:10.1080/03610927708827533.)
-        """
-
-    @abstractmethod
-    def fisher_residual(self, residual: Float[Array, "channel y x"]) -> Float[Array, "channel y x"]:
-        """Return a residual of which J^T J is the Fisher information of the pixels about the model."""
-
-    @property
-    @abstractmethod
-    def stiffness(self) -> float:
-        """Largest slope of the deviance residual in units of that of the whitened one, for models near the data."""
-
-    @abstractmethod
-    def log_normalization(self) -> float:
-        """Return the log-likelihood where `deviance_residual` is zero.
-
-        For Gaussian noise, minus half the log-determinant of 2 pi times the covariance. It counts the pixels with
-        information alone, and is summed on the host in float64, so that weights of any unit pass: the noise must not be
-        traced by JAX. `whiten` and `chi_square` may be.
-        """
-
-    @abstractmethod
-    def log_spread(self) -> Float[Array, "..."]:
-        """Return the part of minus `log_normalization` that depends on the parameters of the noise.
-
-        One number a pixel, or nothing but 0 if there are no parameters. May be traced by JAX.
-        """
-
-    @abstractmethod
-    def sample(self, key: Array) -> Float[Array, "channel y x"]:
-        """Draw noise; 0 where there is no information."""
-
-    @abstractmethod
-    def scaled(self, unit: np.ndarray) -> AbstractNoise:
-        """Return the noise of the data divided by `unit`, shape (channel,)."""
-
-    @abstractmethod
-    def restricted(self, keep: np.ndarray, window: tuple[slice, slice]) -> AbstractNoise:
-        """Return the noise of the pixels in `window`, without information where `keep` (y, x there) is False."""
-
-    def chi_square(self, residual: Float[Array, "channel y x"]) -> Float[Array, " channel"]:
-        """Return the sum of squared whitened residuals of each channel."""
-        return jnp.sum(self.whiten(residual) ** 2, axis=(1, 2))
-
-    def log_likelihood(self, residual: Float[Array, "channel y x"]) -> Float[Array, ""]:
-        """Return the log-density of the residual (model minus data), normalised over the valid pixels.
-
-        The residual may be traced by JAX, the noise not (see `log_normalization`).
-        """
-        return self.log_normalization() - 0.5 * jnp.sum(self.deviance_residual(residual) ** 2)
+from scenefit.data.abstractnoise import AbstractGaussianNoise, AbstractNoise
+from scenefit.data.weights import (
+    as_positive,
+    as_weights,
+    gaussian_log_normalization,
+    level_of,
+    restricted_weights,
+    scaled_weights,
+    sigma_of,
+)
 
 
-class WhiteNoise(AbstractNoise):
+class WhiteNoise(AbstractGaussianNoise):
     """Independent Gaussian noise, `log L = -1/2 sum_j [w_j r_j^2 - log(w_j / 2 pi)]` over pixels with `w_j > 0`.
 
     Parameters
@@ -121,50 +40,49 @@ class WhiteNoise(AbstractNoise):
     """
 
     weights: np.ndarray | Array
+    host_only: ClassVar = ()
     constraints: ClassVar = {}
-    is_gaussian: ClassVar = True
 
     def __init__(self, weights):
-        self.weights = _as_weights(weights)
+        self.weights = as_weights(weights)
 
     @property
     def valid(self) -> np.ndarray:  # noqa: D102
         return np.asarray(self.weights) > 0
 
+    @property
+    def modes(self) -> np.ndarray:  # noqa: D102
+        return self.valid
+
+    @property
+    def reach(self) -> int:  # noqa: D102
+        return 0
+
     def level(self) -> np.ndarray:  # noqa: D102
-        return _level(self.weights)
+        return level_of(self.weights)
 
     def whiten(self, residual):  # noqa: D102
         return jnp.sqrt(self.weights) * residual
-
-    def deviance_residual(self, residual):  # noqa: D102
-        return self.whiten(residual)
-
-    def score_residual(self, residual):  # noqa: D102
-        return self.whiten(residual)
-
-    def fisher_residual(self, residual):  # noqa: D102
-        return self.whiten(residual)
 
     @property
     def stiffness(self) -> float:  # noqa: D102
         return 1.0
 
     def log_normalization(self) -> float:  # noqa: D102
-        return _log_normalization(self.weights)
+        return gaussian_log_normalization(self.weights)
 
     def log_spread(self):  # noqa: D102
         return jnp.zeros(())
 
     def sample(self, key):  # noqa: D102
-        sigma = _sigma(self.weights)
+        sigma = sigma_of(self.weights)
         return sigma * jax.random.normal(key, sigma.shape, sigma.dtype)
 
     def scaled(self, unit):  # noqa: D102
-        return WhiteNoise(_scaled_weights(self.weights, unit))
+        return WhiteNoise(scaled_weights(self.weights, unit))
 
     def restricted(self, keep, window):  # noqa: D102
-        return WhiteNoise(_restricted_weights(self.weights, keep, window))
+        return WhiteNoise(restricted_weights(self.weights, keep, window))
 
 
 class StudentTNoise(AbstractNoise):
@@ -187,6 +105,7 @@ class StudentTNoise(AbstractNoise):
 
     weights: np.ndarray | Array
     degrees_of_freedom: float = eqx.field(static=True)
+    host_only: ClassVar = ()
     constraints: ClassVar = {}
     is_gaussian: ClassVar = False
 
@@ -195,14 +114,22 @@ class StudentTNoise(AbstractNoise):
             raise ValueError(
                 f"StudentTNoise wants degrees_of_freedom above 2 (finite variance); got {degrees_of_freedom}."
             )
-        self.weights, self.degrees_of_freedom = _as_weights(weights), float(degrees_of_freedom)
+        self.weights, self.degrees_of_freedom = as_weights(weights), float(degrees_of_freedom)
 
     @property
     def valid(self) -> np.ndarray:  # noqa: D102
         return np.asarray(self.weights) > 0
 
+    @property
+    def modes(self) -> np.ndarray:  # noqa: D102
+        return self.valid
+
+    @property
+    def reach(self) -> int:  # noqa: D102
+        return 0
+
     def level(self) -> np.ndarray:  # noqa: D102
-        return _level(self.weights)
+        return level_of(self.weights)
 
     def whiten(self, residual):  # noqa: D102
         return jnp.sqrt(self.weights) * residual
@@ -231,23 +158,23 @@ class StudentTNoise(AbstractNoise):
     def log_normalization(self) -> float:  # noqa: D102
         nu, gamma = self.degrees_of_freedom, scipy.special.gammaln
         peak = gamma((nu + 1) / 2) - gamma(nu / 2) - 0.5 * np.log((nu - 2) / 2)
-        return _log_normalization(self.weights) + float(peak) * int(self.valid.sum())
+        return gaussian_log_normalization(self.weights) + float(peak) * int(self.valid.sum())
 
     def log_spread(self):  # noqa: D102
         return jnp.zeros(())
 
     def sample(self, key):  # noqa: D102
-        sigma, nu = _sigma(self.weights), self.degrees_of_freedom
+        sigma, nu = sigma_of(self.weights), self.degrees_of_freedom
         return sigma * np.sqrt((nu - 2) / nu) * jax.random.t(key, nu, sigma.shape, sigma.dtype)
 
     def scaled(self, unit):  # noqa: D102
-        return StudentTNoise(_scaled_weights(self.weights, unit), self.degrees_of_freedom)
+        return StudentTNoise(scaled_weights(self.weights, unit), self.degrees_of_freedom)
 
     def restricted(self, keep, window):  # noqa: D102
-        return StudentTNoise(_restricted_weights(self.weights, keep, window), self.degrees_of_freedom)
+        return StudentTNoise(restricted_weights(self.weights, keep, window), self.degrees_of_freedom)
 
 
-class FloorNoise(AbstractNoise):
+class FloorNoise(AbstractGaussianNoise):
     """Independent Gaussian noise of variance `1 / w + floor^2`, with a floor that can be fitted: errors that no weight knows.
 
     Parameters
@@ -265,12 +192,12 @@ class FloorNoise(AbstractNoise):
 
     weights: np.ndarray | Array
     floor: np.ndarray | Array
+    host_only: ClassVar = ()
     constraints: ClassVar = {"floor": constraints.positive}
-    is_gaussian: ClassVar = True
 
     def __init__(self, weights, floor):
-        self.weights = _as_weights(weights)
-        self.floor = _as_positive(floor, len(self.weights), "FloorNoise wants a positive floor")
+        self.weights = as_weights(weights)
+        self.floor = as_positive(floor, len(self.weights), "FloorNoise wants a positive floor")
 
     @property
     def valid(self) -> np.ndarray:  # noqa: D102
@@ -280,42 +207,41 @@ class FloorNoise(AbstractNoise):
         """Return the inverse of the whole variance."""
         return self.weights / (1 + self.weights * self.floor[:, None, None] ** 2)
 
+    @property
+    def modes(self) -> np.ndarray:  # noqa: D102
+        return self.valid
+
+    @property
+    def reach(self) -> int:  # noqa: D102
+        return 0
+
     def level(self) -> np.ndarray:  # noqa: D102
-        return _level(np.asarray(self._total()))
+        return level_of(np.asarray(self._total()))
 
     def whiten(self, residual):  # noqa: D102
         # A root of zero has no derivative along the floor.
         has_weight = self.weights > 0
         return jnp.where(has_weight, jnp.sqrt(jnp.where(has_weight, self._total(), 1.0)) * residual, 0.0)
 
-    def deviance_residual(self, residual):  # noqa: D102
-        return self.whiten(residual)
-
-    def score_residual(self, residual):  # noqa: D102
-        return self.whiten(residual)
-
-    def fisher_residual(self, residual):  # noqa: D102
-        return self.whiten(residual)
-
     @property
     def stiffness(self) -> float:  # noqa: D102
         return 1.0
 
     def log_normalization(self) -> float:  # noqa: D102
-        return _log_normalization(np.asarray(self._total(), dtype=float))
+        return gaussian_log_normalization(np.asarray(self._total(), dtype=float))
 
     def log_spread(self):  # noqa: D102
         return 0.5 * jnp.log1p(jnp.asarray(self.weights) * jnp.asarray(self.floor)[:, None, None] ** 2)
 
     def sample(self, key):  # noqa: D102
-        sigma = _sigma(np.asarray(self._total()))
+        sigma = sigma_of(np.asarray(self._total()))
         return sigma * jax.random.normal(key, sigma.shape, sigma.dtype)
 
     def scaled(self, unit):  # noqa: D102
-        return FloorNoise(_scaled_weights(self.weights, unit), np.asarray(self.floor, float) / np.asarray(unit, float))
+        return FloorNoise(scaled_weights(self.weights, unit), np.asarray(self.floor, float) / np.asarray(unit, float))
 
     def restricted(self, keep, window):  # noqa: D102
-        return FloorNoise(_restricted_weights(self.weights, keep, window), self.floor)
+        return FloorNoise(restricted_weights(self.weights, keep, window), self.floor)
 
 
 class PoissonNoise(AbstractNoise):
@@ -339,6 +265,7 @@ class PoissonNoise(AbstractNoise):
 
     counts: np.ndarray | Array
     gain: np.ndarray | Array
+    host_only: ClassVar = ()
     constraints: ClassVar = {}
     is_gaussian: ClassVar = False
 
@@ -354,11 +281,19 @@ class PoissonNoise(AbstractNoise):
                 )
             counts = np.where(counts < SMALLEST_COUNTS, 0.0, counts)
         self.counts = counts
-        self.gain = _as_positive(gain, len(counts), "PoissonNoise wants a positive gain (counts per data unit)")
+        self.gain = as_positive(gain, len(counts), "PoissonNoise wants a positive gain (counts per data unit)")
 
     @property
     def valid(self) -> np.ndarray:  # noqa: D102
         return np.isfinite(np.asarray(self.counts))
+
+    @property
+    def modes(self) -> np.ndarray:  # noqa: D102
+        return self.valid
+
+    @property
+    def reach(self) -> int:  # noqa: D102
+        return 0
 
     def level(self) -> np.ndarray:  # noqa: D102
         planes = zip(np.asarray(self.counts, float), np.asarray(self.gain, float), strict=True)
@@ -437,62 +372,3 @@ class PoissonNoise(AbstractNoise):
 
 SMALLEST_COUNTS = 1e-3
 """Smallest number of counts that a model may predict for a pixel, in units of what was counted if that is above one."""
-
-
-def _as_weights(weights):
-    """Return weights as they are if they are a JAX array, else checked, as an array of float64."""
-    if isinstance(weights, jax.Array):
-        return weights
-    weights = np.asarray(weights, dtype=float)
-    _check_weights(weights)
-    return weights
-
-
-def _as_positive(value, count, what):
-    """Return a value as it is if it is a JAX array, else checked, as one float64 for each of `count` channels."""
-    if isinstance(value, jax.Array):
-        return value
-    value = np.asarray(value, dtype=float)
-    if value.shape not in ((), (1,), (count,)) or not (np.isfinite(value) & (value > 0)).all():
-        raise ValueError(f"{what}, or one for each of {count} channels; got {value}.")
-    return np.broadcast_to(value, (count,)).copy()
-
-
-def _level(weights) -> np.ndarray:
-    """Return the median standard deviation of each channel; 1 without information."""
-    planes = np.asarray(weights, dtype=float)
-    return np.array([1 / np.sqrt(np.median(w[w > 0])) if (w > 0).any() else 1.0 for w in planes])
-
-
-def _sigma(weights) -> Array:
-    """Return the standard deviation of each pixel; 0 without information."""
-    valid = np.asarray(weights) > 0
-    return jnp.asarray(np.sqrt(np.where(valid, 1 / np.where(valid, weights, 1.0), 0.0)))
-
-
-def _log_normalization(weights) -> float:
-    """Return the log-density of independent Gaussian noise at zero."""
-    weights = np.asarray(weights, dtype=float)
-    return float(0.5 * np.sum(np.log(weights[weights > 0] / (2 * np.pi))))
-
-
-def _scaled_weights(weights, unit) -> np.ndarray:
-    """Return the weights of data divided by `unit`, shape (channel,)."""
-    return np.asarray(weights, dtype=float) * np.asarray(unit, dtype=float)[:, None, None] ** 2
-
-
-def _restricted_weights(weights, keep, window) -> np.ndarray:
-    """Return the weights of a window, 0 where `keep` is False."""
-    return np.where(keep, np.asarray(weights)[(slice(None), *window)], 0.0)
-
-
-def _check_weights(weights: np.ndarray):
-    """Raise ValueError unless all weights are finite and at least 0."""
-    for kind, bad in (("NaN", np.isnan(weights)), ("infinite", np.isinf(weights)), ("negative", weights < 0)):
-        if bad.any():
-            where = np.unravel_index(np.argmax(bad), bad.shape)
-            raise ValueError(
-                f"Weights (inverse variances) must be finite and >= 0; got {int(bad.sum())} {kind} value(s), the first "
-                f"at (channel, y, x) = {tuple(int(i) for i in where)}. Use weight 0 or mask= for pixels without "
-                "information."
-            )

@@ -5,82 +5,19 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import astropy.units as u
 import equinox as eqx
 import numpy as np
-from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_floats, compiled
-from scenefit.data.noise import AbstractNoise, WhiteNoise
+from scenefit.data.abstractnoise import AbstractNoise
+from scenefit.data.noise import WhiteNoise
+from scenefit.data.nuisances import NUISANCES, Astrometry, Calibration
 from scenefit.data.renderer import Renderer, transform_model
 from scenefit.sky import units
-from scenefit.sky.frame import Channel, Frame, as_wcs, check_channels, is_same_frame
+from scenefit.sky.frame import Channel, Frame, as_wcs, check_channels, is_same_frame, pixel_map
 from scenefit.sky.psf import AbstractPSF, as_psf
-
-
-class Astrometry(eqx.Module):
-    """Where an observation's WCS is wrong.
-
-    Parameters
-    ----------
-    shift : array, shape (2,), or Quantity
-        Arcsec (east, north) by which sources at given sky coordinates appear displaced in the image from where its
-        WCS puts them. Model pixels (x, y) where there is no WCS.
-    """
-
-    shift: np.ndarray
-
-    def __init__(self, shift=(0.0, 0.0)):
-        shift = units.to_arcsec(shift, "The shift (east, north)")
-        if shift.shape != (2,) or not np.isfinite(shift).all():
-            raise ValueError(f"Astrometry wants a finite shift (east, north) in arcsec; got {shift}.")
-        self.shift = shift
-
-
-_Numbers = float | int | Sequence | np.ndarray
-
-
-class Calibration(eqx.Module):
-    """Where an observation's photometric calibration and PSF are wrong.
-
-    Parameters
-    ----------
-    flux_scale : float or array, shape (channel,)
-        What the image shows of the flux of every source; 1 by default.
-    psf_variance : float or array, shape (channel,)
-        By how much the variance of the true PSF along each axis exceeds that of the observation's PSF, in its pixels squared
-        (negative: a sharper image); 0 by default. The PSF is convolved with a round Gaussian of that variance.
-    """
-
-    flux_scale: np.ndarray
-    psf_variance: np.ndarray
-
-    def __init__(self, flux_scale: _Numbers = 1.0, psf_variance: _Numbers = 0.0):
-        self.flux_scale, self.psf_variance = np.asarray(flux_scale, float), np.asarray(psf_variance, float)
-        if not (np.isfinite(self.flux_scale).all() and (self.flux_scale > 0).all()):
-            raise ValueError(f"Calibration wants finite, positive flux scales; got {flux_scale}.")
-        if not np.isfinite(self.psf_variance).all():
-            raise ValueError(f"Calibration wants finite PSF variances in pixels squared; got {psf_variance}.")
-
-
-class Nuisance(NamedTuple):
-    """A parameter of how an observation sees the scene: its range, its unit, and whether it is in units of the data."""
-
-    constraint: constraints.Constraint
-    unit: str = ""
-    scales_with_data: bool = False
-
-
-NUISANCES = {
-    "astrometry.shift": Nuisance(constraints.real, "arcsec"),
-    "calibration.flux_scale": Nuisance(constraints.positive),
-    "calibration.psf_variance": Nuisance(constraints.real),
-    "background": Nuisance(constraints.real, "flux/pixel", True),
-    "background_slope": Nuisance(constraints.real, "flux/pixel", True),
-}
-"""By path below the observation, which is also where they are kept."""
 
 
 class Observation(eqx.Module):
@@ -114,7 +51,7 @@ class Observation(eqx.Module):
         Its change per pixel along (y, x), with `background` the value in the middle of the image: a tilted plane; 0 by
         default. Can be fitted.
     astrometry : Astrometry, or its shift, optional
-        Known offset of the image; can be fitted.
+        Known offset and rotation of the image; can be fitted.
     calibration : Calibration, optional
         Known corrections of fluxes and of the PSF; can be fitted.
     noise : AbstractNoise, optional
@@ -228,26 +165,88 @@ class Observation(eqx.Module):
             raise ValueError(f"{self.name} has no renderer yet: use obs.match(frame) before rendering a model image.")
         return self.renderer
 
-    def match(self, frame: Frame) -> Observation:
-        """Return the observation with its `renderer` from that frame."""
+    def match(self, frame: Frame, *, turning: bool = False) -> Observation:
+        """Return the observation with its `renderer` from that frame, which can turn it if asked for or if it is turned.
+
+        Raises
+        ------
+        ValueError
+            If frame and observation don't go together (see `Renderer.match`), or a pixel would look beyond the padding of the
+            frame because of the rotation.
+        """
         if not isinstance(frame, Frame):
             raise TypeError(f"{self.name}: match() wants a Frame; got a {type(frame).__name__}.")
-        if self.renderer is not None and self.frame is not None and is_same_frame(self.frame, frame):
+        turning = turning or bool(self.astrometry.rotation)
+        is_ready = self.renderer is not None and (self.renderer.turn is not None or not turning)
+        if is_ready and self.frame is not None and is_same_frame(self.frame, frame):
             return self
         renderer = Renderer.match(
-            frame, psf=self.psf, wcs=self.wcs, shape=self.data.shape[-2:], channels=self.channels, name=self.name
+            frame,
+            psf=self.psf,
+            wcs=self.wcs,
+            shape=self.data.shape[-2:],
+            channels=self.channels,
+            name=self.name,
+            turning=turning,
         )
-        return eqx.tree_at(lambda o: (o.renderer, o.frame), self, (renderer, frame), is_leaf=lambda leaf: leaf is None)
+        return self.with_renderer(renderer, frame)
 
     def match_like(self, other: Observation) -> Observation:
         """Return the observation with the renderer and frame of another one that has its PSF, WCS, shape and channels."""
-        return eqx.tree_at(
-            lambda o: (o.renderer, o.frame), self, (other.renderer, other.frame), is_leaf=lambda leaf: leaf is None
+        return self.with_renderer(other.renderer, other.frame)
+
+    def with_renderer(self, renderer: Renderer | None, frame: Frame | None) -> Observation:
+        """Return the observation with that renderer, or with one that can turn it if it is turned and that one can't."""
+        matched = eqx.tree_at(
+            lambda o: (o.renderer, o.frame), self, (renderer, frame), is_leaf=lambda leaf: leaf is None
         )
+        return matched._able_to_turn()
+
+    def _able_to_turn(self) -> Observation:
+        """Return the observation with a renderer that can turn it, if it has one and is turned, and not by too much."""
+        rotation = float(self.astrometry.rotation)
+        if not rotation or self.renderer is None or self.frame is None:
+            return self
+        if self.renderer.turn is None:
+            return self.match(self.frame)
+        largest = float(self.renderer.turn.largest)
+        # A thousandth: room for rounding of a fitted angle.
+        if abs(rotation) > 1.001 * largest:
+            raise ValueError(
+                f"{self.name}: turned by {rotation:g} degrees, pixels on the frame would look so far beyond it that light from "
+                f"its opposite edge wraps into them; at most {largest:.3g} degrees are possible here. Use a Frame with more "
+                "padding, or correct the WCS."
+            )
+        return self
 
     def with_shift(self, shift) -> Observation:
         """Return the observation with another astrometric shift (east, north), in arcsec or a Quantity."""
-        return eqx.tree_at(lambda o: o.astrometry, self, Astrometry(shift))
+        return eqx.tree_at(lambda o: o.astrometry, self, Astrometry(shift, self.astrometry.rotation))
+
+    def with_rotation(self, rotation) -> Observation:
+        """Return the observation with another rotation (north to east), in degrees or a Quantity; see `Astrometry`."""
+        turned = eqx.tree_at(lambda o: o.astrometry, self, Astrometry(self.astrometry.shift, rotation))
+        return turned._able_to_turn()
+
+    def apparent_positions(self, positions: np.ndarray, frame: Frame) -> np.ndarray:
+        """Return where on the frame sources at some positions appear in this observation, turned and displaced.
+
+        Parameters
+        ----------
+        positions : array, shape (..., 2)
+            (y, x) on the frame.
+        frame : Frame
+
+        Returns
+        -------
+        array, shape (..., 2)
+            (y, x) on the frame of those places that the observation's WCS says show them.
+        """
+        middle = pixel_map(self.wcs, frame.wcs, *(np.array((n - 1) / 2) for n in self.shape[1:]))
+        jacobian, angle = frame.sky_jacobian(), np.deg2rad(self.astrometry.rotation)
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        matrix = jacobian @ turn @ np.linalg.inv(jacobian)
+        return middle + (np.asarray(positions, float) - middle) @ matrix.T + jacobian @ self.astrometry.shift
 
     def with_background(self, background, slope=None) -> Observation:
         """Return the observation with another background per channel, and another slope, in the units of `data`."""
@@ -269,7 +268,7 @@ class Observation(eqx.Module):
         new = [np.asarray(value, float) for value in values.values()]
         changed = eqx.tree_at(lambda o: [_GETTERS[path](o) for path in values], self, new)
         changed._check_psf_variance()
-        return changed
+        return changed._able_to_turn()
 
     def _check_psf_variance(self):
         """Raise ValueError if no light would be left of the PSF."""
@@ -321,9 +320,10 @@ class Observation(eqx.Module):
                 f"observation is matched to; got {model.shape}."
             )
         scale = float(np.abs(model).max()) or 1.0
-        shift, blur = as_floats(self.astrometry.shift), self.calibration.psf_variance
-        blur = as_floats(blur) if blur.any() else None
-        window = np.asarray(_render_window(renderer, as_floats(model / scale), shift, blur), dtype=float)
+        shift, *others = as_floats(self.astrometry.shift), self.calibration.psf_variance, self.astrometry.rotation
+        # A blur and a rotation cost something: not where there are none.
+        others = [as_floats(value) if value.any() else None for value in others]
+        window = np.asarray(_render_window(renderer, as_floats(model / scale), shift, *others), dtype=float)
         window = window * self.calibration.flux_scale[:, None, None]
         image = np.zeros(self.data.shape)
         image[(slice(None), *renderer.window.slices)] = np.where(renderer.inside, window * scale, 0.0)
@@ -348,9 +348,9 @@ class Observation(eqx.Module):
 
 
 @compiled
-def _render_window(renderer: Renderer, model, shift, psf_variance):
+def _render_window(renderer: Renderer, model, shift, psf_variance, rotation):
     """Render a model image onto the pixels of the renderer's window."""
-    return renderer(transform_model(model, renderer.fft_shape), shift, psf_variance)
+    return renderer(transform_model(model, renderer.fft_shape), shift, psf_variance, rotation)
 
 
 _GETTERS = {path: operator.attrgetter(path) for path in NUISANCES}

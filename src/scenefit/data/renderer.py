@@ -5,13 +5,16 @@ channel. An observation with PSF P, whose pixel j lies at `p_j` on the model gri
 
     d_j = |det A| / F^2 * sum_k M(k) P(A^T k) / G(k) exp(2 pi i k.(p_j - shift))
 
-with A = dp/dj at its centre. Three routes evaluate the sum at the `p_j`: an inverse FFT where the grids agree, two
-matrix products where they are parallel, a non-uniform FFT in general.
+with A = dp/dj at its centre. `data/sampling.py` evaluates the sum at the `p_j`.
+
+If the observation is turned by the angle t about its middle c, its pixels see the sky at `c + T (p_j - shift - c)` instead, with
+T the inverse of the rotation, and T A stands for A. T is known when the model is rendered, so the angle can be fitted.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import functools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -20,83 +23,68 @@ from jaxtyping import Array, Complex, Float
 
 from scenefit.arrays import fourier
 from scenefit.arrays.box import Box
-from scenefit.arrays.compilation import as_complexes, as_floats, as_integers
+from scenefit.arrays.compilation import as_complexes, as_floats
+from scenefit.data.nuisances import LARGEST_ROTATION
+from scenefit.data.sampling import (
+    POSITION_TOLERANCE,
+    AbstractSampling,
+    GridSampling,
+    NonuniformSampling,
+    SeparableSampling,
+    TurningSampling,
+    choose_sampling,
+    turning_sampling,
+)
 from scenefit.sky.frame import Frame, pixel_map
-from scenefit.sky.psf import AbstractPSF
+from scenefit.sky.psf import AbstractPSF, GaussianPSF
 
-POSITION_TOLERANCE = 1e-3
-"""Observed pixels by which a position may be misplaced to use a faster route; at most 6e-4 of the peak of a point
-source with a PSF of sigma 1 pixel."""
+__all__ = ["AbstractSampling", "GridSampling", "NonuniformSampling", "Renderer", "SeparableSampling", "transform_model"]
+
 MAX_GAIN = 1.5
 """Largest |P/G| accepted: beyond it the model PSF is broader than the observed one."""
 MODE_DIGITS, WINDOW_DIGITS = 3, 4
 """Leading binary digits of the numbers of modes and of the sides of windows: at most 1/4 and 1/8 more than need be, so
 that images turned by different angles have few distinct shapes. More modes cost little (they carry no light), pixels more."""
+ROUND = 1e-5
+"""A Gaussian's transfer function that changes by less on a turned image is taken as that of a round PSF."""
 
 
-class AbstractSampling(eqx.Module):
-    """Evaluates a band-limited image, given by its Fourier modes, at an observation's pixels."""
+class Turn(eqx.Module):
+    """What a rotation changes besides the positions of pixels.
 
-    @abstractmethod
-    def __call__(self, modes: Complex[Array, "channel k l"]) -> Float[Array, "channel y x"]:
-        """Return `sum_k modes(k) exp(2 pi i k.p_j)` over both half planes (without 1/F^2)."""
-
-
-class GridSampling(AbstractSampling):
-    """Inverse FFT and crop: the observation's pixels are model pixels, up to flips, a transpose and a shift.
-
-    The shift is in the modes already.
+    Attributes
+    ----------
+    generator : array, shape (2, 2)
+        Change of where a pixel looks, (y, x) on the model, per radian and offset from the middle of the observation.
+    slope, bend : arrays, shape (psf_channel, k, l), or None
+        Coefficients of the angle, in units of `LARGEST_ROTATION`, and of its square in the parabola through the transfer
+        functions at 0 and plus and minus 1; None if the PSF is round.
+    largest : array, shape ()
+        Angle in degrees up to which no pixel looks further beyond the frame than half the padding, where light from the opposite
+        edge of the frame would be as near as that from its own.
     """
 
-    fft_shape: tuple[int, int] = eqx.field(static=True)
-    shape: tuple[int, int] = eqx.field(static=True)
-    flip: tuple[bool, bool] = eqx.field(static=True)
-    transpose: bool = eqx.field(static=True)
+    generator: Float[Array, "2 2"]
+    slope: Complex[Array, "psf_channel k l"] | None
+    bend: Complex[Array, "psf_channel k l"] | None
+    largest: np.ndarray
 
-    def __call__(self, modes):  # noqa: D102
-        image = fourier.inverse_transform(modes, self.fft_shape)
-        image = image[..., : self.shape[0], : self.shape[1]]
-        axes = tuple(axis - 2 for axis in (0, 1) if self.flip[axis])
-        image = jnp.flip(image, axes) if axes else image
-        return jnp.swapaxes(image, -1, -2) if self.transpose else image
+    def move(self, rotation: Float[Array, ""]) -> Float[Array, "2 2"]:
+        """Return the matrix that makes of an offset from the middle how far away its pixel looks at another place."""
+        return _move(self.generator, rotation, jnp)
 
-
-class SeparableSampling(AbstractSampling):
-    """Two matrix products: the observation's axes are parallel to the model's."""
-
-    left: Complex[Array, "y k"]
-    right: Complex[Array, "l x"]
-    transpose: bool = eqx.field(static=True)
-
-    def __call__(self, modes):  # noqa: D102
-        # Re(rows @ right) as real products: complex matrix products are several times slower on CPUs.
-        rows = jnp.einsum("yk,ckl->cyl", self.left, modes)
-        image = rows.real @ self.right.real - rows.imag @ self.right.imag
-        return jnp.swapaxes(image, -1, -2) if self.transpose else image
+    def transfer(self, unturned: Complex[Array, "psf_channel k l"], rotation: Float[Array, ""]):
+        """Return the transfer function of the turned observation."""
+        if self.slope is None or self.bend is None:
+            return unturned
+        part = rotation / LARGEST_ROTATION
+        return unturned + part * (self.slope + part * self.bend)
 
 
-class NonuniformSampling(AbstractSampling):
-    """Type-2 non-uniform FFT: inverse FFT on a finer grid, then a weighted sum under a window around each position."""
-
-    first: Array
-    weight_y: Float[Array, "j a"]
-    weight_x: Float[Array, "j b"]
-    fine_shape: tuple[int, int] = eqx.field(static=True)
-    shape: tuple[int, int] = eqx.field(static=True)
-
-    def __call__(self, modes):  # noqa: D102
-        channels, num_rows, num_columns = modes.shape
-        positive = num_rows // 2 + 1
-        spectrum = jnp.zeros((channels, self.fine_shape[0], self.fine_shape[1] // 2 + 1), modes.dtype)
-        spectrum = spectrum.at[:, :positive, :num_columns].set(modes[:, :positive])
-        spectrum = spectrum.at[:, self.fine_shape[0] - (num_rows - positive) :, :num_columns].set(modes[:, positive:])
-        grid = jnp.moveaxis(fourier.inverse_transform(spectrum, self.fine_shape), 0, -1)
-        offsets = jnp.arange(fourier.WINDOW_WIDTH)
-        rows = (self.first[:, 0, None] + offsets) % self.fine_shape[0]
-        columns = (self.first[:, 1, None] + offsets) % self.fine_shape[1]
-        values = grid.at[rows[:, :, None], columns[:, None, :]].get(mode="promise_in_bounds")
-        image = jnp.einsum("jabc,ja,jb->cj", values, self.weight_y, self.weight_x)
-        return image.reshape(channels, *self.shape)
+def _move(generator, rotation, xp):
+    """Return the inverse of a rotation by so many degrees, minus 1; of full precision for small angles."""
+    half = rotation * (np.pi / 360)
+    return xp.sin(2 * half) * generator - 2 * xp.sin(half) ** 2 * np.eye(2)
 
 
 class Renderer(eqx.Module):
@@ -107,6 +95,7 @@ class Renderer(eqx.Module):
     are on it. `num_modes` is rounded up as well: the transfer function is 0 for those that the PSF can't pass.
     `norm` is the largest eigenvalue of rendering followed by its transpose, per channel, for a wide image without
     aliasing: the squared gain of the transfer function times the observed pixel's area in model pixels.
+    `turn` is None unless the observation may be turned: the faster samplings serve then.
 
     Everything that differs between two observations of the same shape is an array, so that rendering the second
     one compiles nothing.
@@ -121,13 +110,24 @@ class Renderer(eqx.Module):
     norm: Float[Array, " channel"]
     sky_jacobian: Float[Array, "2 2"]
     metric: Float[Array, "2 2"]
-    sampling: AbstractSampling
+    sampling: AbstractSampling | TurningSampling
+    turn: Turn | None
     origin: np.ndarray
     inside: np.ndarray
     fft_shape: tuple[int, int] = eqx.field(static=True)
 
     @classmethod
-    def match(cls, frame: Frame, *, psf: AbstractPSF, wcs, shape: tuple[int, int], channels, name="observation"):
+    def match(
+        cls,
+        frame: Frame,
+        *,
+        psf: AbstractPSF,
+        wcs,
+        shape: tuple[int, int],
+        channels,
+        name: str = "observation",
+        turning: bool = False,
+    ):
         """Choose and prepare the rendering of an observation.
 
         Parameters
@@ -144,6 +144,8 @@ class Renderer(eqx.Module):
             All among those of the frame.
         name : str
             For error messages.
+        turning : bool
+            Whether the observation may be turned about its middle when it is rendered.
 
         Raises
         ------
@@ -167,22 +169,30 @@ class Renderer(eqx.Module):
         constant = is_affine or min(shape) == 1
         area = np.full((1, 1), abs(np.linalg.det(affine))) if constant else _pixel_areas(position)[window.slices]
         position, inside = position[window.slices], inside[window.slices]
-        ky, kx, num_modes = _modes(frame.fft_shape, psf.band_limit, affine)
-        transfer = _ratio(psf.transfer(ky, kx, affine), frame.psf.transfer(ky, kx, np.eye(2)))
-        transfer[:, np.abs(ky) > 0.5 - 1e-9] = 0
-        transfer[:, :, np.abs(kx) > 0.5 - 1e-9] = 0
+        generator = _generator(frame)
+        # The PSF turns with the image.
+        angles = (0.0, LARGEST_ROTATION, -LARGEST_ROTATION) if turning else (0.0,)
+        affines = [affine + _move(generator, angle, np) @ affine for angle in angles]
+        ky, kx, num_modes = _modes(frame.fft_shape, psf.band_limit, affines)
+        transfer, *turned = (_transfer(frame, psf, ky, kx, each) for each in affines)
         if (gain := np.abs(transfer).max()) > MAX_GAIN:
             raise ValueError(
                 f"The PSF of {name} is narrower than the model PSF (gain {gain:.3g} in Fourier space, at most "
                 f"{MAX_GAIN}): use a Frame with smaller pixels (pixel_scale=) or a narrower psf."
             )
         norm = np.broadcast_to((np.abs(transfer) ** 2).max(axis=(1, 2)) * abs(np.linalg.det(affine)), len(channels))
-        transfer = transfer / np.prod(frame.fft_shape)
-        sampling, factor = _choose_sampling(frame.fft_shape, ky, kx, position, is_affine, affine)
+        turn = None
+        if turning:
+            pivot = pixel_map(wcs, frame.wcs, *(np.array((n - 1) / 2) for n in shape))
+            sampling, factor = turning_sampling(frame.fft_shape, ky, kx, position, pivot)
+            largest = _largest_rotation(frame, generator, position[inside], pivot)
+            turn = _turn(generator, largest, psf, transfer, turned, factor / np.prod(frame.fft_shape))
+        else:
+            sampling, factor = choose_sampling(frame.fft_shape, ky, kx, position, is_affine, affine)
         return cls(
             channels=frame.channel_index(channels),
             num_modes=num_modes,
-            transfer=as_complexes(transfer * factor),
+            transfer=as_complexes(transfer * factor / np.prod(frame.fft_shape)),
             ky=as_floats(ky),
             kx=as_floats(kx),
             area=as_floats(area),
@@ -190,6 +200,7 @@ class Renderer(eqx.Module):
             sky_jacobian=as_floats(frame.sky_jacobian()),
             metric=as_floats(affine @ affine.T),
             sampling=sampling,
+            turn=turn,
             origin=np.array(window.origin, np.int32),
             inside=inside,
             fft_shape=frame.fft_shape,
@@ -205,6 +216,7 @@ class Renderer(eqx.Module):
         model_spectrum: Complex[Array, "model_channel k l"],
         shift: Float[Array, " 2"],
         psf_variance: Float[Array, " channel"] | None = None,
+        rotation: Float[Array, ""] | None = None,
     ) -> Float[Array, "channel y x"]:
         """Render the model onto the pixels of `window`.
 
@@ -216,22 +228,41 @@ class Renderer(eqx.Module):
             Arcsec (east, north) by which sources appear displaced in this observation.
         psf_variance : array, shape (channel,), optional
             Of a round Gaussian that the PSF is convolved with, in the observation's pixels squared.
+        rotation : array, shape (), optional
+            Degrees, north to east, by which sources appear turned about the middle of the observation, before they are displaced.
+            Wants a renderer that was matched with `turning=True`.
 
         Returns
         -------
         array, shape (channel, y, x)
             Flux per observed pixel, in the model's flux unit; the flux of a source well inside is conserved.
+
+        Raises
+        ------
+        ValueError
+            If a rotation is given to a renderer that wasn't matched for it.
         """
+        if self.turn is None and rotation is not None:
+            raise ValueError("This renderer can't turn its observation: use match(..., turning=True).")
+        transfer, metric, displaced = self.transfer, self.metric, self.sky_jacobian @ shift
+        sampling: Callable = self.sampling
+        if self.turn is not None and rotation is not None:
+            move = self.turn.move(rotation)
+            transfer = self.turn.transfer(transfer, rotation)
+            displaced = displaced + jnp.matmul(move, displaced, precision="highest")
+            inverse = move + jnp.eye(2, dtype=move.dtype)
+            metric = jnp.linalg.multi_dot([inverse, metric, inverse.T], precision="highest")
+            sampling = functools.partial(self.sampling, move=move)
         modes = _select_modes(_select_channels(model_spectrum, self.channels), self.num_modes)
-        dy, dx = self.sky_jacobian @ shift
+        dy, dx = displaced
         phase_y, phase_x = (jnp.exp(-2j * jnp.pi * k * d) for k, d in ((self.ky, dy), (self.kx, dx)))
-        modes = modes * self.transfer * (phase_y[:, None] * phase_x)
+        modes = modes * transfer * (phase_y[:, None] * phase_x)
         if psf_variance is not None:
             # The squared frequency in cycles per observed pixel.
-            (yy, yx), (_, xx) = self.metric
+            (yy, yx), (_, xx) = metric
             square = yy * self.ky[:, None] ** 2 + 2 * yx * self.ky[:, None] * self.kx + xx * self.kx**2
             modes = modes * jnp.exp(-2 * jnp.pi**2 * psf_variance[:, None, None] * square)
-        return self.sampling(modes) * self.area
+        return sampling(modes) * self.area
 
 
 def transform_model(model: Float[Array, "channel y x"], fft_shape: tuple[int, int]) -> Complex[Array, "channel k l"]:
@@ -313,9 +344,48 @@ def _pixel_areas(position):
     return np.abs(dy[..., 0] * dx[..., 1] - dy[..., 1] * dx[..., 0])
 
 
-def _modes(fft_shape, band_limit, affine):
+def _generator(frame) -> np.ndarray:
+    """Return the derivative of where a pixel looks, (y, x) on the model, by the angle, per offset from the middle.
+
+    The inverse of the rotation (north to east) of what the sky's tangent plane shows.
+    """
+    jacobian = frame.sky_jacobian()
+    return jacobian @ np.array([[0.0, -1.0], [1.0, 0.0]]) @ np.linalg.inv(jacobian)
+
+
+def _transfer(frame, psf, ky, kx, affine) -> np.ndarray:
+    """Return P(A^T k) / G(k), shape (psf_channel, k, l); 0 at and beyond the Nyquist frequency of the model."""
+    transfer = _ratio(psf.transfer(ky, kx, affine), frame.psf.transfer(ky, kx, np.eye(2)))
+    transfer[:, np.abs(ky) > 0.5 - 1e-9] = 0
+    transfer[:, :, np.abs(kx) > 0.5 - 1e-9] = 0
+    return transfer
+
+
+def _turn(generator, largest, psf, transfer, turned, unit) -> Turn:
+    """Return what rotations need; `turned` are the transfer functions at plus and minus `LARGEST_ROTATION`."""
+    after, before = turned
+    slope, bend = 0.5 * (after - before), 0.5 * (after + before) - transfer
+    # By the kind of PSF first: blends whose PSFs differ a little share a compilation.
+    is_round = isinstance(psf, GaussianPSF) and not psf.integrate_pixel
+    if is_round and max(np.abs(slope).max(), np.abs(bend).max()) < ROUND:
+        return Turn(as_floats(generator), None, None, np.array(largest))
+    return Turn(as_floats(generator), as_complexes(slope * unit), as_complexes(bend * unit), np.array(largest))
+
+
+def _largest_rotation(frame, generator, position, pivot) -> float:
+    """Return the angle in degrees up to which pixels at `position` look no further beyond the frame than half the padding."""
+    offset, away = position - pivot, position - frame.center
+    room = np.array(frame.fft_shape) / 2 - np.abs(away)
+    # To second order in the angle t, pixels look at t g o - t^2 o / 2 from where they did; what leads inwards does no harm.
+    speed, bend = np.abs(offset @ generator.T), np.maximum(-offset * np.sign(away), 0)
+    angle = 2 * room / np.maximum(speed + np.sqrt(speed**2 + 2 * bend * room), 1e-9)
+    return float(min(np.rad2deg(angle.min()), LARGEST_ROTATION))
+
+
+def _modes(fft_shape, band_limit, affines):
     """Return the frequencies (cycles per model pixel) that a PSF of that band limit can pass and some more, in rfft order."""
-    reach = np.minimum(0.5, band_limit * np.abs(np.linalg.inv(affine).T).sum(axis=1))
+    reach = np.max([np.abs(np.linalg.inv(affine).T).sum(axis=1) for affine in affines], axis=0)
+    reach = np.minimum(0.5, band_limit * reach)
     needed = [int(np.ceil(r * n)) + 1 for r, n in zip(reach, fft_shape, strict=True)]
     rows, columns = (
         min(_rounded_up(count, MODE_DIGITS), n // 2 + 1) for count, n in zip(needed, fft_shape, strict=True)
@@ -332,44 +402,3 @@ def _rounded_up(number: int, digits: int) -> int:
     """Return the smallest integer >= `number` whose binary digits after the first `digits` are zeros."""
     step = 1 << max(0, (int(number) - 1).bit_length() - digits)
     return -(-int(number) // step) * step
-
-
-def _choose_sampling(fft_shape, ky, kx, position, is_affine, affine):
-    """Return the sampling for the pixel positions, and what the modes must be multiplied by for it."""
-    transposed = abs(affine[0, 1]) + abs(affine[1, 0]) > abs(affine[0, 0]) + abs(affine[1, 1])
-    along = position.swapaxes(0, 1) if transposed else position
-    rows, columns = along[:, :, 0].mean(axis=1), along[:, :, 1].mean(axis=0)
-    spread = np.stack([along[:, :, 0] - rows[:, None], along[:, :, 1] - columns], axis=-1)
-    pixel = np.sqrt(abs(np.linalg.det(affine)))
-    if not is_affine or np.abs(spread).max() > POSITION_TOLERANCE * pixel:
-        return _nonuniform_sampling(fft_shape, ky, kx, position)
-    steps = [np.diff(axis) if len(axis) > 1 else np.ones(1) for axis in (rows, columns)]
-    full = len(ky) == fft_shape[0] and len(kx) == fft_shape[1] // 2 + 1
-    on_grid = all(np.abs(np.abs(step) - 1).max() * len(step) < POSITION_TOLERANCE for step in steps)
-    if full and on_grid and all(n <= f for n, f in zip(along.shape[:2], fft_shape, strict=True)):
-        flip = (bool(steps[0][0] < 0), bool(steps[1][0] < 0))
-        first = rows.min(), columns.min()
-        phase = np.exp(2j * np.pi * (ky[:, None] * first[0] + kx * first[1]))
-        return GridSampling(fft_shape, along.shape[:2], flip, bool(transposed)), phase
-    left = np.exp(2j * np.pi * np.outer(rows, ky))
-    right = np.exp(2j * np.pi * np.outer(kx, columns)) * fourier.half_plane_weights(fft_shape[1])[: len(kx), None]
-    return SeparableSampling(as_complexes(left), as_complexes(right), bool(transposed)), 1.0
-
-
-def _nonuniform_sampling(fft_shape, ky, kx, position):
-    """Return the non-uniform sampling at any positions; the padded model grid repeats beyond its edges."""
-    counts = len(ky), min(2 * len(kx) - 1, fft_shape[1])
-    fine_y, fine_x = (fourier.fast_length(int(np.ceil(fourier.OVERSAMPLING * n))) for n in counts)
-    fine = fine_y, fine_x
-    coordinate = [position[..., a].ravel() * fine[a] / fft_shape[a] for a in (0, 1)]
-    (first_y, weight_y), (first_x, weight_x) = (fourier.window_weights(c) for c in coordinate)
-    mode_y, mode_x = ky * fft_shape[0] / fine[0], kx * fft_shape[1] / fine[1]
-    correction = np.outer(fourier.window_transform(mode_y), fourier.window_transform(mode_x))
-    sampling = NonuniformSampling(
-        first=as_integers(np.stack([first_y, first_x], axis=-1)),
-        weight_y=as_floats(weight_y),
-        weight_x=as_floats(weight_x),
-        fine_shape=fine,
-        shape=position.shape[:2],
-    )
-    return sampling, 1 / correction

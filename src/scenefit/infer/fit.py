@@ -327,7 +327,7 @@ class _View:
 
     def __init__(self, obs, residual):
         self.obs, self.residual = obs, -np.asarray(residual)
-        self.valid = obs.noise.valid[(slice(None), *obs.matched_renderer.window.slices)] & obs.matched_renderer.inside
+        self.valid = obs.noise.modes[(slice(None), *obs.matched_renderer.window.slices)] & obs.matched_renderer.inside
 
     def ring_sum(self, inner: Box, outer: Box, frame) -> tuple[float, int]:
         """Return the sum and number of the residuals between two boxes of the frame."""

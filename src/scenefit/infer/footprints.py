@@ -26,6 +26,8 @@ from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
 CORE_LIGHT, CORE_ROOM, CORE_WINGS = 0.2, 1.6, 4.0
 """The core of a profile is by this ratio larger than what holds all but this fraction of its light; around it PSFs count up to so
 many standard deviations. Nearly all of the curvature of the loss comes from there."""
+CORE_SPREAD = 3
+"""Pixels around it that whitening may reach."""
 
 
 TILE = 64
@@ -239,7 +241,9 @@ def covered_pixels(boxes: Sequence[Box], frame: Frame, obs: Observation, *, core
     reach = min(obs.psf.extent, CORE_WINGS * obs.psf.effective_sigma.max()) if cores else obs.psf.extent
     ends = np.array([(*box.origin, *box.stop) for box in boxes], float).reshape(-1, 4)
     corners = pixel_map(frame.wcs, obs.wcs, ends[:, [0, 0, 2, 2]], ends[:, [1, 3, 1, 3]])
-    margin = reach + 2 + 2 * scale
+    # Whitening spreads what is correlated.
+    spread = min(obs.noise.reach, CORE_SPREAD) if cores else obs.noise.reach
+    margin = reach + 2 + 2 * scale + spread
     low = np.floor(corners.min(axis=1) - margin).astype(int) - window.origin
     high = np.ceil(corners.max(axis=1) + margin).astype(int) + 1 - window.origin
     low, high = np.clip(low, 0, window.shape), np.clip(high, 0, window.shape)

@@ -13,7 +13,9 @@ from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.arrays.stamps import bucket_count
-from scenefit.data.observation import NUISANCES, Observation
+from scenefit.data.nuisances import NUISANCES
+from scenefit.data.observation import Observation
+from scenefit.data.renderer import Renderer
 from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
 from scenefit.model.morphology import AbstractImageMorphology, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
@@ -31,12 +33,15 @@ class Layout(eqx.Module):
         Where each component is packed.
     noise_level : list of arrays, shape (channel,)
         Data unit of each observation.
+    renderers : list of Renderer
+        Of each observation; those of the problem, which can turn observations whose rotation is free.
     places : dict of (array, array)
         For every parameter that the problem knows, by path: its elements and their units, both of the parameter's shape.
     """
 
     members: list[Member]
     noise_level: list[np.ndarray]
+    renderers: list[Renderer]
     places: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -56,13 +61,14 @@ def build(
         If an observation isn't matched, a start violates its constraint, or a constraint isn't a range.
     """
     frame, parameters = scene.frame, parameters.completed(observations)
+    observations, parameters = _able_to_turn(observations, parameters)
     levels = [obs.noise.level() for obs in observations]
     unit = _flux_unit(frame, observations, levels)
     components = list(scene.components())
     stacks, members = pack(frame, components, unit, whole_frame=whole_frame, roomy=roomy)
     images = [_as_image(obs, level, unit, parameters) for obs, level in zip(observations, levels, strict=True)]
     table = _element_table(stacks, members, observations, levels, parameters)
-    layout = Layout(members, levels, table.places)
+    layout = Layout(members, levels, [obs.matched_renderer for obs in observations], table.places)
     free_images, image_low, image_priors = _image_bounds(stacks, members, parameters)
     lowest, highest = table.coordinate_bounds()
     problem = Problem(
@@ -94,14 +100,14 @@ def unpack(
         fitted[member.path] = _unpack_component(stacks[member.stack], member, component)
     sources = {name: _replace_components(source, f"sources.{name}", fitted) for name, source in scene.sources.items()}
     moved = tuple(
-        _unpack_image(image, obs, level)
-        for obs, image, level in zip(observations, images, layout.noise_level, strict=True)
+        _unpack_image(*each) for each in zip(observations, images, layout.noise_level, layout.renderers, strict=True)
     )
     return Scene(scene.frame, sources), moved
 
 
-def _unpack_image(image, obs, level) -> Observation:
+def _unpack_image(obs, image, level, renderer) -> Observation:
     """Return an observation with the values of its image."""
+    obs = obs.with_renderer(renderer, obs.frame)
     fitted = {path: getattr(image, path.rpartition(".")[2]) for path in NUISANCES}
     units = {path: _data_unit(path, value, level) for path, value in obs.nuisances().items()}
     obs = obs.with_nuisances({p: np.asarray(v, float) * units[p] for p, v in fitted.items() if v is not None})
@@ -224,20 +230,41 @@ def _as_image(obs: Observation, level, unit, parameters: Parameters) -> Image:
     values: dict[str, Any] = {
         path: as_floats(value / _data_unit(path, value, level)) for path, value in obs.nuisances().items()
     }
-    # A blur costs an exponential a mode: not where there is none.
-    blur = "calibration.psf_variance"
-    parameter = parameters.table[f"observations.{obs.name}.{blur}"]
-    if not (parameter.free or parameter.tied_to or obs.calibration.psf_variance.any()):
-        values[blur] = None
+    # A blur costs an exponential a mode, a rotation the faster routes to pixels: not where there are none.
+    for path in ("calibration.psf_variance", TURN):
+        if not _is_used(obs, path, parameters):
+            values[path] = None
     return Image(
         renderer=eqx.tree_at(lambda r: r.inside, renderer, as_booleans(renderer.inside)),
         data=as_floats(obs.data[(slice(None), *window)] / level[:, None, None]),
-        noise=jax.tree.map(as_floats, noise),
+        noise=noise.on_device(),
         **{path.rpartition(".")[2]: value for path, value in values.items()},
         y=as_floats(np.arange(window[0].start, window[0].stop) - (obs.shape[1] - 1) / 2),
         x=as_floats(np.arange(window[1].start, window[1].stop) - (obs.shape[2] - 1) / 2),
         gain=as_floats(unit[list(renderer.channels)] / level),
     )
+
+
+TURN = "astrometry.rotation"
+
+
+def _is_used(obs: Observation, path: str, parameters: Parameters) -> bool:
+    """Return whether a nuisance of an observation may be anything but 0."""
+    parameter = parameters.table[f"observations.{obs.name}.{path}"]
+    return bool(parameter.free or parameter.tied_to or obs.nuisances()[path].any())
+
+
+def _able_to_turn(observations, parameters: Parameters) -> tuple[list[Observation], Parameters]:
+    """Return the observations with renderers that can turn those whose rotation is used, and how far they may be turned."""
+    result = list(observations)
+    for number, obs in enumerate(observations):
+        if obs.renderer is None or not _is_used(obs, TURN, parameters):
+            continue
+        result[number] = turned = obs.match(obs.frame, turning=True)
+        largest, path = float(turned.matched_renderer.turn.largest), f"observations.{obs.name}.{TURN}"
+        low, high = _range(parameters.table[path])
+        parameters = parameters.constrain(path, constraints.interval(max(low, -largest), min(high, largest)))
+    return result, parameters
 
 
 ONE_SIDED, TWO_SIDED = 15.0, 7.0
@@ -335,7 +362,7 @@ def _element_table(stacks, members, observations, levels, parameters) -> _Elemen
         base, level = f"observations.{obs.name}", levels[number]
 
         def add(name, path, value, *, linear=True, unit: float | np.ndarray = 1.0, number=number, base=base):
-            entries = [(f"{base}.{path}", np.s_[:])]
+            entries = [(f"{base}.{path}", np.s_[...])]
             table.add("image", number, name, value / unit, entries, parameters, linear=linear, unit=unit)
 
         for path, value in obs.nuisances().items():

@@ -14,7 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Complex, Float, Int, Shaped
 
-from scenefit.data.noise import AbstractNoise
+from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.renderer import Renderer
 from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.model.packing import Stack, evaluate_stacks, transform_stacks
@@ -45,13 +45,14 @@ class State(eqx.Module):
 class Image(eqx.Module):
     """One observation as the solver sees it: data and model in units of the noise level of each channel.
 
-    `y` and `x` are pixel coordinates relative to the middle of the observation; no `psf_variance` stands for 0.
+    `y` and `x` are pixel coordinates relative to the middle of the observation; no `psf_variance` or `rotation` stands for 0.
     """
 
     renderer: Renderer
     data: Float[Array, "channel y x"]
     noise: AbstractNoise
     shift: Float[Array, " 2"]
+    rotation: Float[Array, ""] | None
     flux_scale: Float[Array, " channel"]
     psf_variance: Float[Array, " channel"] | None
     background: Float[Array, " channel"]
@@ -69,7 +70,7 @@ class Image(eqx.Module):
         self, spectrum: Complex[Array, "model_channel k l"], kind: str = "score"
     ) -> Float[Array, "channel y x"]:
         """Return the residuals (see `Problem.residuals`), given the Fourier transform of the model image."""
-        rendered = self.renderer(spectrum, self.shift, self.psf_variance)
+        rendered = self.renderer(spectrum, self.shift, self.psf_variance, self.rotation)
         rendered = rendered * (self.gain * self.flux_scale)[:, None, None]
         return getattr(self.noise, f"{kind}_residual")(rendered + self.sky() - self.data)
 

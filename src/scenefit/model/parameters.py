@@ -20,7 +20,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ParameterFreeTransform, biject_to
 
-from scenefit.data.observation import NUISANCES
+from scenefit.data.nuisances import NUISANCES
 from scenefit.sky import units
 
 
@@ -73,7 +73,7 @@ class Parameter(eqx.Module):
     tied_to : str or None
         Path of the parameter it always equals.
     unit : str
-        "pixel" (of the model frame), "arcsec", "flux", "flux/pixel" or "".
+        "pixel" (of the model frame), "arcsec", "deg", "flux", "flux/pixel" or "".
     """
 
     path: str = eqx.field(static=True)
@@ -230,13 +230,14 @@ class Parameters(eqx.Module):
         return Parameters(table, self.pixel_scale)
 
     def check_anchored(self):
-        """Raise ValueError if every observation's shift is free: the model's own position is then undefined."""
-        shifts = [p for p in self if p.path.startswith("observations.") and p.path.endswith(".astrometry.shift")]
-        if shifts and all(self.is_fitted(p.path) for p in shifts):
-            raise ValueError(
-                "All observations' astrometry.shift are free; nothing then says where the model lies. "
-                f"Keep at least one of {[p.path for p in shifts]} fixed as the anchor."
-            )
+        """Raise ValueError if every observation's shift or rotation is free: the model's own place is then undefined."""
+        for name, lies in (("shift", "where the model lies"), ("rotation", "how the model is turned")):
+            own = [p for p in self if p.path.startswith("observations.") and p.path.endswith(f".astrometry.{name}")]
+            if own and all(self.is_fitted(p.path) for p in own):
+                raise ValueError(
+                    f"All observations' astrometry.{name} are free; nothing then says {lies}. "
+                    f"Keep at least one of {[p.path for p in own]} fixed as the anchor."
+                )
 
     def _change(self, pattern, **changes) -> Parameters:
         """Return a copy with attributes of the matching parameters changed."""
@@ -255,7 +256,9 @@ class Parameters(eqx.Module):
                 if not np.isfinite(self.pixel_scale):
                     raise ValueError(f"There is no WCS: the prior of {parameter.path} must be in pixels, not {leaf}.")
                 return leaf.to_value(u.arcsec) / self.pixel_scale
-            target = {"arcsec": u.arcsec, "pixel": u.pix, "flux": u.nJy, "flux/pixel": u.nJy}.get(parameter.unit)
+            target = {"arcsec": u.arcsec, "deg": u.deg, "pixel": u.pix, "flux": u.nJy, "flux/pixel": u.nJy}.get(
+                parameter.unit
+            )
             if target is None:
                 raise ValueError(f"{parameter.path!r} has no unit; its prior must be plain numbers, not {leaf}.")
             return units.to_unit(leaf, target, f"The prior of {parameter.path}")

@@ -65,7 +65,7 @@ class AbstractPSF(eqx.Module):
         """
 
 
-def _mapped_frequencies(ky, kx, affine):
+def mapped_frequencies(ky, kx, affine):
     """Return the frequencies A^T k in cycles per pixel of the PSF, two arrays of shape (K, L)."""
     qy = affine[0, 0] * ky[:, None] + affine[1, 0] * kx[None, :]
     qx = affine[0, 1] * ky[:, None] + affine[1, 1] * kx[None, :]
@@ -120,7 +120,7 @@ class GaussianPSF(AbstractPSF):
         return np.sqrt(self.sigma**2 + self.integrate_pixel / 12)
 
     def transfer(self, ky, kx, affine):  # noqa: D102
-        qy, qx = _mapped_frequencies(ky, kx, affine)
+        qy, qx = mapped_frequencies(ky, kx, affine)
         value = np.exp(-2 * np.pi**2 * self.sigma[:, None, None] ** 2 * (qy**2 + qx**2))
         if self.integrate_pixel:
             value = value * np.sinc(qy) * np.sinc(qx)
@@ -195,7 +195,7 @@ class ImagePSF(AbstractPSF):
         return np.sqrt(1 / (2 * np.pi * self.image.max(axis=(1, 2)))) / self.oversampling
 
     def transfer(self, ky, kx, affine):  # noqa: D102
-        qy, qx = _mapped_frequencies(ky, kx, affine)
+        qy, qx = mapped_frequencies(ky, kx, affine)
         inside = np.maximum(np.abs(qy), np.abs(qx)) < self.band_limit * (1 - 1e-9)
         spacing = 1 / self.oversampling
         diagonal, crossed = abs(affine[0, 1]) + abs(affine[1, 0]), abs(affine[0, 0]) + abs(affine[1, 1])

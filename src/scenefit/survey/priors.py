@@ -51,6 +51,7 @@ def automatic(
     amplitudes           what `Parameters.default` gives them
     image                left as it is
     astrometry.shift     normal around the start, of the width of a pixel of the observation
+    astrometry.rotation  normal around the start, of the angle that moves the longer edges of the observation by a pixel
     background           normal around the level of the sky, of the width of 2 errors of that
     background_slope     normal around the slope of the sky, of the width of 2 errors of that
     noise                half-normal, of width max(noise level, scatter of the sky)
@@ -280,6 +281,8 @@ def _guesses(scene: Scene, observations: Sequence[Observation], parameters: Para
         base, sky = f"observations.{obs.name}", view.sky
         shift = f"{base}.astrometry.shift"
         guesses[shift] = starts[shift], 1.0 if obs.wcs is None else pixel_scale_of(obs.wcs)
+        rotation = f"{base}.astrometry.rotation"
+        guesses[rotation] = starts[rotation], np.rad2deg(2 / max(obs.shape[1:]))
         guesses[f"{base}.background"] = sky.level, SKY_ERRORS * sky.error
         guesses[f"{base}.background_slope"] = sky.slope, SKY_ERRORS * sky.slope_error
         for name in obs.noise.constraints:
@@ -309,7 +312,7 @@ def _view(scene: Scene, obs: Observation, parameters: Parameters) -> _Appearance
     """Return what an observation shows of a scene."""
     frame, count = scene.frame, len(obs.channels)
     centers = np.array([np.asarray(c.center, dtype=float) for _, c in scene.components()]).reshape(-1, 2)
-    y, x = (centers + frame.sky_jacobian() @ np.asarray(obs.astrometry.shift, dtype=float)).T
+    y, x = obs.apparent_positions(centers, frame).T
     # What can't be seen from here is far away.
     positions = np.nan_to_num(pixel_map(frame.wcs, obs.wcs, y, x), nan=-1e6)
     psf_sigma = np.broadcast_to(obs.psf.effective_sigma, count)

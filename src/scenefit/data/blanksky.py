@@ -1,0 +1,215 @@
+"""The noise of an image, measured where there are no sources."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import scipy.fft
+import scipy.ndimage
+import scipy.optimize
+import scipy.signal
+
+DETECTION, OUTLIER = 4.0, 5.0
+"""Standard deviations above which a smoothed pixel, and a pixel by itself, isn't blank."""
+SMOOTHING = (1.0, 2.0, 4.0)
+"""Standard deviations, in pixels, of the Gaussians that images are smoothed with to find sources."""
+GROWTH = 2.5
+"""What is found is enlarged by a disk of this radius in units of the smoothing."""
+ROUNDS = 4
+"""How often sources are looked for, each time against the noise that is left."""
+MAX_LAG = 12
+"""Pixels up to which correlations are looked for."""
+SIGNIFICANT = 4.0
+"""Standard errors above which the correlation at a lag is taken for one."""
+MIN_PER_LAG, MIN_CLEAN, CERTAIN = 10, 200, 0.1
+"""Clean pixels for each lag, and in all, at least; relative uncertainty of the power spectrum above which there is a warning."""
+KERNEL_ROOM = 2
+"""Pixels by which the moving average that a correlation is fitted with reaches farther than the correlation."""
+VARIATION_SCALE = 1 / 6
+"""Scale, in units of the image, on which a varying variance is smoothed."""
+
+
+class BlankSky(NamedTuple):
+    """What the blank pixels of an image say about its noise.
+
+    function : array, shape (channel, 2 R + 1, 2 R + 1)
+        Correlation at lags (dy, dx): positive definite.
+    variance : array, shape (channel, y, x) or (channel, 1, 1)
+        Of a pixel, in units of its inverse weight.
+    clean : array of bool, shape (channel, y, x)
+        The pixels that were used.
+    """
+
+    function: np.ndarray
+    variance: np.ndarray
+    clean: np.ndarray
+
+
+def measure_blank_sky(
+    data: np.ndarray, weights: np.ndarray, *, mask=None, max_lag: int | None = None, varying: bool = False
+) -> BlankSky:
+    """Measure variance and correlation of the noise on pixels without sources or artefacts; see `CorrelatedNoise.measured`."""
+    if max_lag is not None and not 0 <= max_lag < min(data.shape[1:]):
+        raise ValueError(
+            f"max_lag must be at least 0 and less than the image of {data.shape[1]} x {data.shape[2]}; got {max_lag}."
+        )
+    usable = weights > 0 if mask is None else (weights > 0) & ~np.broadcast_to(np.asarray(mask, bool), weights.shape)
+    functions, variances, masks = [], [], []
+    for channel, (plane, weight, use) in enumerate(zip(data, weights, usable, strict=True)):
+        residual = np.where(use, plane, 0.0) * np.sqrt(weight)
+        clean = blank_pixels(residual, use)
+        lag = _largest_lag(clean, use, max_lag, channel)
+        residual = np.where(clean, residual - residual[clean].mean(), 0.0)
+        variance = np.full((1, 1), residual[clean].var())
+        if varying:
+            variance = _local_variance(residual, clean)
+            residual = residual / np.sqrt(variance)
+        functions.append(_correlation(residual, clean, lag, channel))
+        variances.append(variance * (residual[clean].var() if varying else 1.0))
+        masks.append(clean)
+    reach = max(len(f) // 2 for f in functions)
+    return BlankSky(np.stack([np.pad(f, reach - len(f) // 2) for f in functions]), np.stack(variances), np.stack(masks))
+
+
+def blank_pixels(residual: np.ndarray, use: np.ndarray) -> np.ndarray:
+    """Return which pixels of an image hold neither sources nor artefacts.
+
+    Parameters
+    ----------
+    residual : array, shape (y, x)
+        In units that make the noise alike everywhere.
+    use : array of bool, shape (y, x)
+        Pixels with information.
+    """
+    clean = use.copy()
+    for _ in range(ROUNDS):
+        if clean.sum() < 2:
+            break
+        centered = np.where(use, residual - np.median(residual[clean]), 0.0)
+        found = use & (np.abs(centered) > OUTLIER * _robust_sigma(centered[clean]))
+        for scale in SMOOTHING:
+            smooth = _smoothed(centered, use, scale)
+            high = use & (np.abs(smooth) > DETECTION * _robust_sigma(smooth[clean]))
+            # A peak of noise isn't a source, nor worth more than a few pixels.
+            high = scipy.ndimage.binary_opening(high, iterations=1)
+            found |= scipy.ndimage.distance_transform_edt(~high) <= GROWTH * scale if high.any() else high
+        clean, before = use & ~found, clean
+        if (clean == before).all():
+            break
+    return clean
+
+
+def _smoothed(image: np.ndarray, use: np.ndarray, scale: float) -> np.ndarray:
+    """Return the image smoothed over the pixels in use."""
+    weight = scipy.ndimage.gaussian_filter(use.astype(float), scale, mode="constant")
+    return scipy.ndimage.gaussian_filter(image, scale, mode="constant") / np.maximum(weight, 0.1)
+
+
+def _robust_sigma(values: np.ndarray) -> float:
+    """Return the standard deviation from the median absolute deviation."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+
+
+def _largest_lag(clean: np.ndarray, use: np.ndarray, max_lag: int | None, channel: int) -> int:
+    """Return up to which lag correlations are looked for: as asked for, or as far as the clean pixels allow."""
+    count = int(clean.sum())
+    possible = int(np.sqrt(2 * count / MIN_PER_LAG) - 1) // 2
+    if count < MIN_CLEAN or possible < (max_lag or 0):
+        lag = max_lag or 0
+        raise ValueError(
+            f"Only {count} of {int(use.sum())} valid pixels of channel {channel} are free of sources; measuring the noise up to "
+            f"lags of {lag} pixels takes {max(MIN_PER_LAG * (2 * lag + 1) ** 2 // 2, MIN_CLEAN)}: give a larger image, a smaller "
+            "max_lag=, or the noise of another image."
+        )
+    return min(MAX_LAG, min(clean.shape) // 4, possible) if max_lag is None else max_lag
+
+
+def _local_variance(residual: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Return the variance about every pixel, smoothed over a part of the image."""
+    scale = VARIATION_SCALE * min(residual.shape)
+    total = scipy.ndimage.gaussian_filter(np.where(clean, residual**2, 0.0), scale, mode="nearest")
+    return np.maximum(
+        total / np.maximum(scipy.ndimage.gaussian_filter(clean.astype(float), scale, mode="nearest"), 1e-3), 1e-12
+    )
+
+
+def _correlation(residual: np.ndarray, clean: np.ndarray, max_lag: int, channel: int) -> np.ndarray:
+    """Return the correlation function, shape (2 R + 1, 2 R + 1), that of a moving average: positive definite."""
+    raw, count = (_autocorrelation(each, max_lag) for each in (residual, clean.astype(float)))
+    raw = raw / np.maximum(count, 1.0)
+    raw = raw / raw[max_lag, max_lag]
+    lags = np.arange(-max_lag, max_lag + 1)
+    distance = np.maximum(np.abs(lags[:, None]), np.abs(lags))
+    # Bartlett's formula (1946, Suppl. J. R. Stat. Soc. 8, 27) for lags without correlation.
+    near = np.where(distance <= min(max_lag, 3), raw**2, 0.0).sum()
+    error = np.sqrt(max(near, 1.0) / np.maximum(count, 1.0))
+    significant = (np.abs(raw) > SIGNIFICANT * error) & (distance > 0)
+    reach = int(distance[significant].max(initial=0))
+    uncertainty = float(np.sqrt((2 * reach + 1) ** 2 / clean.sum()))
+    if uncertainty > CERTAIN:
+        warnings.warn(
+            f"The noise of channel {channel} was measured on {int(clean.sum())} pixels without sources: its power spectrum is "
+            f"uncertain by {100 * uncertainty:.0f} %, the errors of what is fitted by half as much.",
+            stacklevel=4,
+        )
+    if reach == 0:
+        return np.ones((1, 1))
+    wanted, error = (_cut(each, reach) for each in (raw, error))
+    return _moving_average(wanted, error, reach + KERNEL_ROOM)
+
+
+def _cut(function: np.ndarray, reach: int) -> np.ndarray:
+    """Return a function of lags up to some reach."""
+    middle = len(function) // 2
+    return function[middle - reach : middle + reach + 1, middle - reach : middle + reach + 1]
+
+
+def _autocorrelation(image: np.ndarray, max_lag: int) -> np.ndarray:
+    """Return the sums of products of pixels up to `max_lag` apart, shape (2 max_lag + 1, 2 max_lag + 1)."""
+    shape = [scipy.fft.next_fast_len(n + max_lag, real=True) for n in image.shape]
+    power = np.abs(scipy.fft.rfft2(image, shape)) ** 2
+    sums = scipy.fft.irfft2(power, shape)
+    lags = np.arange(-max_lag, max_lag + 1)
+    return sums[np.ix_(lags % shape[0], lags % shape[1])]
+
+
+def _moving_average(function: np.ndarray, error: np.ndarray, half: int) -> np.ndarray:
+    """Fit a measured correlation by that of a symmetric moving average of white noise, shape (2 half + 1, 2 half + 1).
+
+    The correlation of any kernel is positive definite, and where the power all but vanishes it is known better than from the
+    measured function, whose errors are the same at all frequencies. Returns shape (4 half + 1, 4 half + 1).
+    """
+    reach = len(function) // 2
+    size = 4 * max(half, reach) + 1
+    image = np.zeros((size, size))
+    lags = np.arange(-reach, reach + 1)
+    image[np.ix_(lags % size, lags % size)] = function
+    root = np.fft.ifft2(np.sqrt(np.maximum(np.fft.fft2(image).real, 1e-3))).real
+    lags = np.arange(-half, half + 1)
+    kernel = root[np.ix_(lags % size, lags % size)]
+
+    def whole(values):
+        # Half of a symmetric kernel is all there is of it.
+        return np.concatenate([values, values[-2::-1]]).reshape(kernel.shape)
+
+    def correlation(values):
+        return scipy.signal.convolve2d(whole(values), whole(values))
+
+    # Beyond the reach of what is significant there is none.
+    wanted, scale = (
+        np.pad(each, 2 * half - reach, mode=mode) for each, mode in ((function, "constant"), (error, "edge"))
+    )
+    unit = np.eye(kernel.size // 2 + 1)
+
+    def misfit(values):
+        return ((correlation(values) - wanted) / scale).ravel()
+
+    def slopes(values):
+        columns = [2 * scipy.signal.convolve2d(whole(values), whole(each)) / scale for each in unit]
+        return np.stack([column.ravel() for column in columns], axis=-1)
+
+    solution = scipy.optimize.least_squares(misfit, kernel.ravel()[: len(unit)], jac=slopes, max_nfev=50)
+    result = correlation(solution.x)
+    return result / result[2 * half, 2 * half]

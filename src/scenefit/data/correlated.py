@@ -1,0 +1,220 @@
+"""Noise that is correlated between pixels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from scenefit.arrays.vecchia import AbstractWhitening, Order, whitening
+from scenefit.data.abstractnoise import AbstractGaussianNoise
+from scenefit.data.blanksky import measure_blank_sky
+from scenefit.data.correlation import AbstractCorrelation, StationaryCorrelation
+from scenefit.data.weights import (
+    as_weights,
+    gaussian_log_normalization,
+    level_of,
+    restricted_weights,
+    scaled_weights,
+    sigma_of,
+)
+
+LARGEST_LAG = 64
+"""Correlations are followed no farther than so many pixels."""
+SMOOTH = 0.25
+"""Frequency (cycles per pixel, along each axis) that models of sources hardly pass."""
+LONG_RANGE = 0.05
+"""Noise that is correlated by more than this at half the size of the image isn't noise but a background."""
+
+
+class CorrelatedNoise(AbstractGaussianNoise):
+    """Gaussian noise of covariance `C_ij = rho_ij / sqrt(w_i w_j)`: weights of any kind times a correlation.
+
+    Pixels without information are marginalised over: the likelihood is that of the valid pixels, with the determinant of their
+    covariance, whatever the mask looks like. Images of up to `arrays.vecchia.MAX_DENSE` pixels are whitened exactly, larger ones
+    by predictions from near pixels, of which chi-square has the right mean (`num_modes`) in any case: see `arrays.vecchia`.
+
+    Parameters
+    ----------
+    weights : array, shape (channel, y, x)
+        Inverse variances; 0 means no information.
+    correlation : AbstractCorrelation or array, shape (2 R + 1, 2 R + 1) or (channel, 2 R + 1, 2 R + 1)
+        See `StationaryCorrelation` for arrays.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative, NaN or infinite, or the correlation isn't one, reaches beyond the image or has another number of
+        channels.
+    """
+
+    weights: np.ndarray | Array
+    correlation: AbstractCorrelation | None
+    whitening: AbstractWhitening
+    amplification: np.ndarray | Array
+    constraints: ClassVar = {}
+    host_only: ClassVar = ("correlation",)
+
+    def __init__(self, weights, correlation):
+        weights = as_weights(weights)
+        if not isinstance(correlation, AbstractCorrelation):
+            correlation = StationaryCorrelation(correlation)
+        if correlation.num_channels not in (1, len(weights)):
+            raise ValueError(f"The correlation has {correlation.num_channels} channels, the weights {len(weights)}.")
+        self.weights, self.correlation = weights, correlation
+        orders = correlation.orders()
+        # One order for all channels: that of the channel which needs most.
+        order = Order(
+            *(pick(values) for pick, values in zip((min, max, max, max, max), zip(*orders, strict=True), strict=True))
+        )
+        self.whitening = whitening(correlation.bands, self.valid, order)
+        self.amplification = np.array([_amplification(each) for each in correlation.average()])
+
+    @classmethod
+    def from_power_spectrum(cls, power, *, weights=None, shape: tuple[int, int] | None = None) -> CorrelatedNoise:
+        """Build the noise from its power spectrum.
+
+        Parameters
+        ----------
+        power : array, shape (ky, kx) or (channel, ky, kx)
+            Variance of the modes, at the frequencies `numpy.fft.fftfreq` of an image as large as the array: the mean is the
+            variance of a pixel. Symmetric, as spectra of real images are.
+        weights : array, shape (channel, y, x), optional
+            Inverse variances of pixels, 0 for no information; with them, the normalisation of the spectrum doesn't count.
+        shape : (int, int), optional
+            Of the image, if there are no weights; by default that of the spectrum.
+
+        Raises
+        ------
+        ValueError
+            If a mode is 0, negative, NaN or infinite, shapes don't match, or pixels are correlated across half the image.
+        """
+        power = np.asarray(power, dtype=float)
+        power = power[None] if power.ndim == 2 else power
+        if power.ndim != 3 or min(power.shape) < 1:
+            raise ValueError(f"A power spectrum wants shape (ky, kx) or (channel, ky, kx); got {power.shape}.")
+        for kind, bad in (("NaN or infinite", ~np.isfinite(power)), ("negative", power < 0), ("zero", power == 0)):
+            if bad.any():
+                raise ValueError(
+                    f"A power spectrum wants finite, positive variances; {int(bad.sum())} of {power.size} modes are {kind}. "
+                    "Modes without noise would count without limit: add the smallest power that you trust."
+                )
+        mirrored = np.roll(power[:, ::-1, ::-1], (1, 1), axis=(1, 2))
+        if not np.allclose(power, mirrored, rtol=1e-4, atol=1e-6 * power.max()):
+            raise ValueError(
+                "A power spectrum of real noise is the same at k and -k (in the order of numpy.fft.fftfreq)."
+            )
+        covariance = np.fft.fftshift(np.fft.ifft2(power).real, axes=(1, 2))
+        middle = [n // 2 for n in power.shape[1:]]
+        reach = [min((n - 1) // 2, LARGEST_LAG) for n in power.shape[1:]]
+        rows, columns = (slice(m - r, m + r + 1) for m, r in zip(middle, reach, strict=True))
+        variance = covariance[:, middle[0], middle[1]]
+        function = _checked_range(covariance[:, rows, columns] / variance[:, None, None], shape or power.shape[1:])
+        if weights is None:
+            weights = np.broadcast_to(1 / variance[:, None, None], (len(power), *(shape or power.shape[1:])))
+        return cls(weights, StationaryCorrelation(function))
+
+    @classmethod
+    def measured(
+        cls, data, weights, *, mask=None, max_lag: int | None = None, varying: bool = False
+    ) -> CorrelatedNoise:
+        """Build the noise from what pixels without sources look like.
+
+        Parameters
+        ----------
+        data : array, shape (channel, y, x)
+        weights : array, shape (channel, y, x)
+            Inverse variances, 0 for no information; only their ratios count: their normalisation is measured.
+        mask : array of bool, shape (y, x) or (channel, y, x), optional
+            True on pixels to leave out beside those where sources and artefacts are found.
+        max_lag : int, optional
+            Pixels up to which correlations are looked for.
+        varying : bool
+            Whether the variance in units of that of the weights changes slowly over the image.
+
+        Raises
+        ------
+        ValueError
+            If too few clean pixels are left.
+
+        Warns
+        -----
+        UserWarning
+            If there are so few that the power spectrum is uncertain by more than 10 per cent.
+        """
+        weights = as_weights(weights)
+        blank = measure_blank_sky(np.asarray(data, dtype=float), weights, mask=mask, max_lag=max_lag, varying=varying)
+        return cls(weights / blank.variance, StationaryCorrelation(_checked_range(blank.function, weights.shape[1:])))
+
+    @property
+    def valid(self) -> np.ndarray:  # noqa: D102
+        return np.asarray(self.weights) > 0
+
+    def level(self) -> np.ndarray:  # noqa: D102
+        return level_of(self.weights)
+
+    def whiten(self, residual):  # noqa: D102
+        return self.whitening(jnp.sqrt(jnp.asarray(self.weights)) * residual)
+
+    @property
+    def stiffness(self):  # noqa: D102
+        return self.amplification[:, None, None]
+
+    def log_normalization(self) -> float:  # noqa: D102
+        diagonal = np.broadcast_to(self.whitening.diagonal(), self.weights.shape)
+        # Of pixels that are left out, nothing counts.
+        return gaussian_log_normalization(np.asarray(self.weights, dtype=float) * diagonal**2)
+
+    def log_spread(self):  # noqa: D102
+        return jnp.zeros(())
+
+    def sample(self, key):  # noqa: D102
+        if self.correlation is None:
+            raise ValueError(
+                "This noise has been stripped of its correlation for the solver: draw from that of the observation."
+            )
+        return sigma_of(self.weights) * self.correlation.sample(key, self.weights.shape)
+
+    def scaled(self, unit):  # noqa: D102
+        return eqx.tree_at(lambda noise: noise.weights, self, scaled_weights(self.weights, unit))
+
+    def restricted(self, keep, window):  # noqa: D102
+        weights = restricted_weights(self.weights, keep, window)
+        if weights.shape == self.weights.shape and ((weights > 0) == self.valid).all():
+            return self
+        return CorrelatedNoise(weights, self.correlation.window(window))
+
+    @property
+    def reach(self) -> int:  # noqa: D102
+        return self.whitening.reach
+
+    @property
+    def modes(self) -> np.ndarray:  # noqa: D102
+        return np.broadcast_to(self.whitening.diagonal() > 0, self.weights.shape)
+
+
+def _checked_range(function: np.ndarray, shape) -> np.ndarray:
+    """Return the correlation function if pixels half an image apart are independent."""
+    middle = [n // 2 for n in function.shape[1:]]
+    for axis, (half, size) in enumerate(zip(middle, shape, strict=True)):
+        if half < size // 2:
+            continue
+        far = np.abs(np.take(function, [half - size // 2, half + size // 2], axis=1 + axis)).max()
+        if far > LONG_RANGE:
+            raise ValueError(
+                f"Noise is correlated by {far:.2g} between pixels {size // 2} {('rows', 'columns')[axis]} apart, half the image: "
+                "what varies so slowly is a background, which can be fitted, not noise. Subtract it, or use a larger image."
+            )
+    return function
+
+
+def _amplification(function: np.ndarray) -> float:
+    """Return by how much the whitening of smooth models may exceed that of a constant: the root of a ratio of noise powers."""
+    frequency = np.linspace(0, SMOOTH, 9)
+    lags = np.arange(len(function)) - len(function) // 2
+    wave = np.exp(2j * np.pi * np.outer(frequency, lags))
+    power = np.concatenate([(wave @ function @ wave.T).real, (wave @ function @ wave.conj().T).real])
+    return float(np.sqrt(power[0, 0] / np.clip(power.min(), 1e-3, power[0, 0])))

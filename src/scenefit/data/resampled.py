@@ -1,0 +1,126 @@
+"""Observations whose noise is correlated, measured in the image or propagated through a resampling."""
+
+from __future__ import annotations
+
+import numpy as np
+from astropy.wcs import WCS
+
+from scenefit.data.correlated import CorrelatedNoise
+from scenefit.data.correlation import PropagatedCorrelation
+from scenefit.data.noise import WhiteNoise
+from scenefit.data.nuisances import Astrometry, Calibration
+from scenefit.data.observation import Observation, naming
+from scenefit.data.resample import Resampling
+from scenefit.sky.frame import Frame, pixel_map
+
+OVERSAMPLED, CRITICAL = 2.0, 1.05
+"""From so many target pixels to a native one on, along each axis, only every n-th row and column of them is whitened: n is the
+smallest that leaves fewer than the second number to a native pixel, so that these are independent enough."""
+
+
+class CorrelatedObservation:
+    """Makes observations with correlated noise: `Observation` objects like all others, with `CorrelatedNoise` as their noise."""
+
+    @staticmethod
+    def from_observation(
+        obs: Observation,
+        resample_to: Frame | Observation | WCS | None = None,
+        *,
+        order: int = 3,
+        mask=None,
+        max_lag: int | None = None,
+        varying: bool = False,
+    ) -> Observation:
+        """Return an observation with the noise that its pixels really have.
+
+        Without a target the noise is measured where the image holds no sources, for data that were resampled (drizzled,
+        coadded) before. With a target, data, mask, weights and PSF are resampled to its pixels by a Lanczos kernel, and the noise
+        is exactly what independent noise of the native pixels becomes.
+
+        Parameters
+        ----------
+        obs : Observation
+            With independent Gaussian noise (`WhiteNoise`).
+        resample_to : Frame, Observation or WCS with a `pixel_shape`, optional
+            Whose pixels to resample to.
+        order : int
+            Of the Lanczos kernel, 2 to 5: see `Resampling`.
+        mask, max_lag, varying
+            For noise that is measured: see `CorrelatedNoise.measured`.
+
+        Returns
+        -------
+        Observation
+            Not matched to a frame. Fluxes keep their unit.
+
+        Raises
+        ------
+        TypeError
+            If the observation or the target isn't one.
+        ValueError
+            If its noise isn't white, too few pixels are clean, its `astrometry` has a rotation, or the target is elsewhere.
+        """
+        if not isinstance(obs, Observation):
+            raise TypeError(f"CorrelatedObservation.from_observation wants an Observation; got a {type(obs).__name__}.")
+        with naming(obs.name):
+            if not isinstance(obs.noise, WhiteNoise):
+                raise ValueError(
+                    f"correlated noise is made from weights of independent pixels; got {type(obs.noise).__name__}. Give an "
+                    "observation with weights=."
+                )
+            if resample_to is None:
+                residual = obs.data - obs.background_image()
+                noise = CorrelatedNoise.measured(
+                    residual, np.asarray(obs.noise.weights), mask=mask, max_lag=max_lag, varying=varying
+                )
+                return obs.with_noise(noise)
+            return _resampled(obs, *_grid(resample_to), order)
+
+
+def _grid(target) -> tuple[WCS | None, tuple[int, int]]:
+    """Return WCS and shape of the pixels of a target."""
+    if isinstance(target, Frame | Observation):
+        return target.wcs, (int(target.shape[1]), int(target.shape[2]))
+    if isinstance(target, WCS) and target.pixel_shape is not None:
+        width, height = target.pixel_shape[:2]
+        return target, (int(height), int(width))
+    raise TypeError(
+        f"resample_to wants a Frame, an Observation, or a WCS with a pixel_shape; got a {type(target).__name__}."
+    )
+
+
+def _resampled(obs: Observation, wcs, shape: tuple[int, int], order: int) -> Observation:
+    """Return the observation on other pixels."""
+    if obs.astrometry.rotation != 0:
+        raise ValueError("a rotation is about the middle of the native image: resample first, then set astrometry=.")
+    resampling = Resampling.between(obs.wcs, obs.shape[1:], wcs, shape, order)
+    valid = obs.noise.valid
+    data, usable = resampling.apply(obs.data, valid)
+    if not usable.any():
+        raise ValueError(
+            "no pixel of the target lies on pixels with information, its whole kernel included; nothing to fit."
+        )
+    sigma = np.sqrt(np.where(valid, 1 / np.where(valid, obs.noise.weights, 1.0), 0.0)).reshape(len(data), -1)
+    rows = resampling.rows(valid)
+    weight = np.stack([row.weight * plane[row.index] for row, plane in zip(rows, sigma, strict=True)])
+    variance = (weight**2).sum(axis=2).reshape(data.shape)
+    to_native = np.linalg.inv(resampling.affine)
+    area = abs(np.linalg.det(to_native))
+    density = 1 / np.sqrt(area)
+    step = int(np.ceil(density / CRITICAL)) if density >= OVERSAMPLED else 1
+    correlation = PropagatedCorrelation(rows[0].index, weight, shape, step)
+    weights = np.where(usable, 1 / np.where(usable, variance, 1.0), 0.0)
+    middle = pixel_map(wcs, obs.wcs, *((n - 1) / 2 for n in shape)) - [(n - 1) / 2 for n in obs.shape[1:]]
+    return Observation(
+        data,
+        noise=CorrelatedNoise(weights, correlation),
+        psf=resampling.resampled_psf(obs.psf),
+        wcs=wcs,
+        channels=obs.channels,
+        name=obs.name,
+        unit="nJy" if obs.flux_unit == "nJy" else None,
+        background=(obs.background + obs.background_slope @ middle) * area,
+        background_slope=obs.background_slope @ to_native * area,
+        astrometry=Astrometry(obs.astrometry.shift),
+        calibration=Calibration(obs.calibration.flux_scale, obs.calibration.psf_variance / area),
+    )
