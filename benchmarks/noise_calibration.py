@@ -179,7 +179,7 @@ def cases() -> dict:
 
 
 def likelihood_errors(case, rng: np.random.Generator) -> list[float]:
-    """Return how far log-likelihoods of a small image are from a dense Gaussian, relatively, in double and in single precision."""
+    """Return by how much log-likelihoods of a small image differ from a dense Gaussian's, in double and single precision."""
     weights = case.weights_of(SMALL, rng)
     noise, residual = case.noise(weights), case.draw(weights, rng)
     if isinstance(case, Resampled):

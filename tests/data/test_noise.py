@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from scenefit.data.correlated import CorrelatedNoise
 from scenefit.data.noise import (
     SMALLEST_COUNTS,
     AbstractNoise,
@@ -170,12 +171,42 @@ def of_row(noise, row):
 
 
 def test_every_noise_has_an_example():
-    assert final_classes(AbstractNoise) == {type(each.noise) for each in EXAMPLES.values()}
+    # Noise that is correlated has tests of its own.
+    assert final_classes(AbstractNoise) - {CorrelatedNoise} == {type(each.noise) for each in EXAMPLES.values()}
 
 
 def test_valid_pixels(example):
     np.testing.assert_array_equal(example.noise.valid, example.valid)
     assert list(example.valid.sum(axis=(1, 2))) == [19, 15]
+
+
+def test_every_valid_pixel_is_a_mode(example):
+    noise = example.noise
+    np.testing.assert_array_equal(noise.modes, example.valid)
+    np.testing.assert_array_equal(noise.num_modes(), [19, 15])
+    some = noise.restricted(np.indices((3, 3))[0] > 0, WINDOW)
+    np.testing.assert_array_equal(some.num_modes(), example.valid[:, 2:4, :3].sum(axis=(1, 2)))
+
+
+def test_whitened_pixels_are_made_of_themselves(example):
+    assert example.noise.reach == 0
+    pixel = np.zeros(SHAPE)
+    pixel[:, 2, 1] = 1
+    np.testing.assert_array_equal(np.asarray(example.noise.whiten(to_jax(pixel))) != 0, pixel == 1)
+
+
+def test_on_the_device_noise_is_arrays(example, eps):
+    there = example.noise.on_device()
+    assert type(there) is type(example.noise)
+    assert example.noise.host_only == ()
+    leaves = jax.tree.leaves(there)
+    assert len(leaves) == len(jax.tree.leaves(example.noise))
+    assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.result_type(float) for leaf in leaves)
+    residual = to_jax(example.residual)
+    # 50 eps: weights and counts are rounded before their roots rather than after.
+    for method in ("whiten", "deviance_residual"):
+        expected = getattr(example.noise, method)(residual)
+        np.testing.assert_allclose(getattr(there, method)(residual), expected, rtol=50 * eps, atol=50 * eps)
 
 
 def test_level_is_the_typical_sigma(example):

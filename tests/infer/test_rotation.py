@@ -14,6 +14,7 @@ from scenefit.data.sampling import NonuniformSampling, SeparableSampling, Turnin
 from scenefit.infer import posterior
 from scenefit.infer.errors import parameter_errors
 from scenefit.infer.fit import fit
+from scenefit.infer.problem import State
 from scenefit.infer.sample import sample
 from scenefit.model.morphology import GaussianMorphology
 from scenefit.model.parameters import Parameters
@@ -155,7 +156,7 @@ def test_the_padding_limits_a_free_rotation():
     scene = Scene(frame, true_scene().sources)
     observations = [obs.match(frame) for obs in simulated(0)]
     parameters = free_parameters(observations).constrain(ROTATION.format("coarse"), constraints.real)
-    problem, _, layout = posterior.build(scene, observations, parameters)
+    problem, state, layout = posterior.build(scene, observations, parameters)
     element = layout.places[ROTATION.format("coarse")][0]
     largest = float(problem.highest.vector[element])
     # The pixels of the coarse image that are nearest to an edge of the canvas, by brute force, reach it at that angle.
@@ -171,6 +172,12 @@ def test_the_padding_limits_a_free_rotation():
     # 0.05: the limit is on the safe side by the second order in the angle; steps of the angles.
     assert 0.95 * np.rad2deg(expected) < largest < np.rad2deg(expected)
     assert float(problem.lowest.vector[element]) == -largest
+    # A fit that would go further says so.
+    far = problem.project(State(state.vector.at[element].set(-2.0), state.images))
+    message = r"coarse: its rotation of 0\.\d+ degrees is the largest that the padding .*give the Frame more padding"
+    with pytest.warns(UserWarning, match=message):
+        _, moved = posterior.unpack(problem, far, layout, scene, observations)
+    assert float(moved[1].astrometry.rotation) == pytest.approx(-largest)
     wide, _, layout = posterior.build(true_scene(), [o.match(FRAME) for o in simulated(0)], parameters)
     assert float(wide.highest.vector[layout.places[ROTATION.format("coarse")][0]]) == LARGEST_ROTATION
 

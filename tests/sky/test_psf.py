@@ -46,7 +46,7 @@ def image_reference(image, center, oversampling=1.0):
 
 
 def resampled(psf, references, affine, order):
-    """A PSF on other pixels, and its references: `tests/sky/test_resampledpsf.py` has the transform of the kernel by quadrature."""
+    """A PSF on other pixels, and its references; `tests/sky/test_resampledpsf.py` has the kernel's transform by quadrature."""
     widths = kernel_widths(affine)
 
     def onto(reference):

@@ -394,10 +394,10 @@ def _model_noise(frame, observations) -> np.ndarray:
 
 
 def _place(frame, obs, positions) -> np.ndarray:
-    """Return where positions (..., 2) on the frame appear in an observation, its shift included."""
+    """Return where positions (..., 2) on the frame appear in an observation, its shift and rotation included."""
     if obs is None:
         return positions
-    moved = positions + frame.sky_jacobian() @ np.asarray(obs.astrometry.shift)
+    moved = obs.apparent_positions(positions, frame)
     return pixel_map(frame.wcs, obs.wcs, moved[..., 0], moved[..., 1])
 
 

@@ -30,7 +30,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.util import lazy_property
 
 from scenefit.arrays import box
-from scenefit.data import noise, nuisances, observation
+from scenefit.data import correlated, correlation, noise, nuisances, observation
 from scenefit.infer import diagnostics, fit, sample
 from scenefit.model import link, morphology, parameters, scene, source, spectrum, starlet
 from scenefit.sky import frame, mixture, psf, resampledpsf
@@ -42,6 +42,7 @@ MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 DERIVED: dict[type, tuple[str, ...]] = {
     observation.Observation: ("renderer", "frame"),
     starlet.StarletMorphology: ("splines",),
+    correlated.CorrelatedNoise: ("whitening", "amplification"),
 }
 """Attributes that aren't saved: `match` makes those of an observation anew, the constructor the others."""
 INLINE_SIZE = 16
@@ -53,6 +54,8 @@ _MODULES = (
     mixture,
     frame,
     noise,
+    correlation,
+    correlated,
     nuisances,
     observation,
     spectrum,

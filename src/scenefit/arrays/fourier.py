@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.fft
 import scipy.special
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Complex, Float, Int
 
@@ -192,30 +193,38 @@ def window_sum(
     return linear_map(_sum_windows, _spread_windows(shape), constants, (grid,))[0]
 
 
+# Loops over the rows of the windows: several times as fast as all at once. What goes in and comes out of a loop is worked out
+# once; otherwise the compiler may do so again for every grid point that it serves.
+
+
 def _sum_windows(constants, grids):
-    """Add up what lies under windows, one grid point of each after the other: several times as fast as all at once."""
+    """Add up what lies under windows, row by row."""
     rows, columns, weight_y, weight_x = constants
     flat = grids[0].reshape(*grids[0].shape[:-2], -1)
-    total = jnp.zeros((), flat.dtype)
-    for a in range(WINDOW_WIDTH):
+
+    def add_row(a, total):
         line = jnp.zeros((), flat.dtype)
         for b in range(WINDOW_WIDTH):
             line = line + flat.at[..., rows[:, a] + columns[:, b]].get(mode="promise_in_bounds") * weight_x[:, b]
-        total = total + line * weight_y[:, a]
-    return (total,)
+        return total + line * weight_y[:, a]
+
+    empty = jnp.zeros((*flat.shape[:-1], len(rows)), flat.dtype)
+    return (lax.fori_loop(0, WINDOW_WIDTH, add_row, empty),)
 
 
 @functools.cache
 def _spread_windows(shape):
     def transpose(constants, sums):
-        """Add windows to grids, in one go: the planes of a grid point are together in memory then."""
-        # Or the compiler works all of these out again for every grid point.
-        rows, columns, weight_y, weight_x = jax.lax.optimization_barrier(constants)
-        planes = sums[0].reshape(-1, sums[0].shape[-1])
-        spread = planes.T[:, None, None, :] * (weight_y[:, :, None] * weight_x[:, None, :])[..., None]
-        places = rows[:, :, None] + columns[:, None, :]
-        empty = jnp.zeros((shape[0] * shape[1], len(planes)), spread.dtype)
-        flat = empty.at[places].add(spread, mode="promise_in_bounds")
+        """Add windows to grids, row by row; the planes of a grid point are together in memory then."""
+        rows, columns, weight_y, weight_x = constants
+        planes = sums[0].reshape(-1, sums[0].shape[-1]).T
+
+        def add_row(a, flat):
+            spread = planes[:, None, :] * (weight_y[:, a, None] * weight_x)[..., None]
+            return flat.at[rows[:, a, None] + columns].add(spread, mode="promise_in_bounds")
+
+        empty = jnp.zeros((shape[0] * shape[1], planes.shape[1]), planes.dtype)
+        flat = lax.fori_loop(0, WINDOW_WIDTH, add_row, empty)
         return (flat.T.reshape(*sums[0].shape[:-1], *shape),)
 
     return transpose

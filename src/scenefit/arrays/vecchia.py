@@ -111,12 +111,8 @@ def choose_order(correlation: np.ndarray, support: float, step: int = 1) -> Orde
     support : float
         See `Order`.
     step : int
-        The smallest that will do.
-
-    Raises
-    ------
-    ValueError
-        If no noise can have that correlation.
+        The smallest that will do. Larger ones are taken until no pixel follows from others. None does beyond the reach of the
+        correlation, even if, as an average from place to place, it is that of no noise.
     """
     reach = len(correlation) // 2
     for order_step in range(step, max(reach, step) + 2):
@@ -128,8 +124,6 @@ def choose_order(correlation: np.ndarray, support: float, step: int = 1) -> Orde
         order = Order(order_step, stride, NUMBERS[-1], max(SMALLEST_RADIUS, RADIUS_PER_WIDTH * width), support)
         if _variances(order, part).min() >= support:
             break
-    else:
-        raise ValueError(NOT_POSITIVE)
     share = np.array([1 / lattice.stride**2 for lattice in lattices(order)])
     spreads = [0.5 * float(share @ np.log(_variances(order._replace(number=number), part))) for number in NUMBERS]
     for number, now, more in zip(NUMBERS, spreads, spreads[1:], strict=False):
@@ -205,7 +199,7 @@ class SparseWhitening(AbstractWhitening):
         Of images.
     """
 
-    coefficients: tuple[Float[Array, "channel k i j"], ...]
+    coefficients: tuple[Float[Array, "channel _ _ _"], ...]
     order: Order = eqx.field(static=True)
     shape: tuple[int, int] = eqx.field(static=True)
 
@@ -290,7 +284,7 @@ def _supported_factor(covariance: np.ndarray, support: float) -> tuple[np.ndarra
     for number, row in enumerate(covariance):
         count = len(kept)
         part = scipy.linalg.solve_triangular(factor[:count, :count], row[kept], lower=True) if count else np.zeros(0)
-        variance = 1 - part @ part
+        variance = row[number] - part @ part
         if variance >= support:
             factor[count, :count], factor[count, count] = part, np.sqrt(variance)
             kept.append(number)
@@ -371,10 +365,11 @@ def _block(band, lags, places) -> np.ndarray:
 def _last_rows(blocks: np.ndarray) -> np.ndarray:
     """Return the last rows of the inverse Cholesky factors of matrices, shape (n, k, k)."""
     factor = np.linalg.cholesky(blocks)
-    rows = np.zeros(factor.shape[:2])
-    for k in range(rows.shape[1] - 1, -1, -1):
+    count, size, _ = blocks.shape
+    rows = np.zeros((count, size))
+    for k in range(size - 1, -1, -1):
         rest = np.einsum("nj,nj->n", factor[:, k + 1 :, k], rows[:, k + 1 :])
-        rows[:, k] = ((k == rows.shape[1] - 1) - rest) / factor[:, k, k]
+        rows[:, k] = ((k == size - 1) - rest) / factor[:, k, k]
     return rows
 
 
@@ -414,8 +409,8 @@ def _geometry(order: Order, shape: tuple[int, int]) -> _Geometry:
             np.stack([(y % stride) * stride + x % stride, y // stride, x // stride], axis=-1).astype(np.int32)
         )
         sizes.append((full[0] // stride, full[1] // stride))
-    padding = tuple((margin, margin + n - size) for n, size in zip(full, shape, strict=True))
-    return _Geometry(margin, padding, tuple(starts), tuple(sizes))
+    below, right = (margin + n - size for n, size in zip(full, shape, strict=True))
+    return _Geometry(margin, ((margin, below), (margin, right)), tuple(starts), tuple(sizes))
 
 
 # `linear_map` wants the same function for the same shape.
@@ -428,7 +423,6 @@ def _forward(order: Order, shape: tuple[int, int]):
         (image,) = arguments
         padded = jnp.pad(image, ((0, 0),) * (image.ndim - 2) + geometry.padding)
         phases = {stride: _phases(padded, stride) for stride, _ in lattices(order)}
-        result = None
         parts = []
         for (stride, _), rows, starts, size in zip(
             lattices(order), coefficients, geometry.starts, geometry.sizes, strict=True
@@ -441,10 +435,9 @@ def _forward(order: Order, shape: tuple[int, int]):
                 return total + rows[:, k] * lax.dynamic_slice(source, place, (1, *leading, *size))[0]
 
             parts.append(lax.fori_loop(0, len(starts), add, jnp.zeros((*leading, *size), image.dtype)))
-            if len(parts) == 1 and result is None:
-                result, parts = parts[0], []
-            elif len(parts) == 3:
-                result, parts = _interleaved(result, *parts), []
+        result, *finer = parts
+        for first in range(0, len(finer), 3):
+            result = _interleaved(result, *finer[first : first + 3])
         return (result[..., : shape[0], : shape[1]],)
 
     return forward
@@ -480,7 +473,8 @@ def _backward(order: Order, shape: tuple[int, int]):
 
             blank = jnp.zeros((stride**2, *leading, *(n // stride for n in padded)), image.dtype)
             totals[stride] = lax.fori_loop(0, len(starts), add, totals.get(stride, blank))
-        result = sum(_joined(total, stride) for stride, total in totals.items())
+        first, *others = (_joined(total, stride) for stride, total in totals.items())
+        result = sum(others, first)
         window = tuple(slice(geometry.margin, geometry.margin + n) for n in shape)
         return (result[(..., *window)],)
 

@@ -51,6 +51,10 @@ def measure_blank_sky(
     data: np.ndarray, weights: np.ndarray, *, mask=None, max_lag: int | None = None, varying: bool = False
 ) -> BlankSky:
     """Measure variance and correlation of the noise on pixels without sources or artefacts; see `CorrelatedNoise.measured`."""
+    if data.shape != weights.shape:
+        raise ValueError(f"Data and weights want the same shape (channel, y, x); got {data.shape} and {weights.shape}.")
+    if bad := int((~np.isfinite(data) & (weights > 0)).sum()):
+        raise ValueError(f"Data are NaN or infinite at {bad} pixels with weight: give these weight 0.")
     if max_lag is not None and not 0 <= max_lag < min(data.shape[1:]):
         raise ValueError(
             f"max_lag must be at least 0 and less than the image of {data.shape[1]} x {data.shape[2]}; got {max_lag}."
@@ -88,7 +92,10 @@ def blank_pixels(residual: np.ndarray, use: np.ndarray) -> np.ndarray:
         if clean.sum() < 2:
             break
         centered = np.where(use, residual - np.median(residual[clean]), 0.0)
-        found = use & (np.abs(centered) > OUTLIER * _robust_sigma(centered[clean]))
+        limit = OUTLIER * _robust_sigma(centered[clean])
+        found = use & (np.abs(centered) > limit)
+        # Outliers by themselves, such as cosmic rays, must not look like sources once they are smoothed.
+        centered = np.clip(centered, -limit, limit)
         for scale in SMOOTHING:
             smooth = _smoothed(centered, use, scale)
             high = use & (np.abs(smooth) > DETECTION * _robust_sigma(smooth[clean]))
@@ -129,10 +136,11 @@ def _largest_lag(clean: np.ndarray, use: np.ndarray, max_lag: int | None, channe
 def _local_variance(residual: np.ndarray, clean: np.ndarray) -> np.ndarray:
     """Return the variance about every pixel, smoothed over a part of the image."""
     scale = VARIATION_SCALE * min(residual.shape)
-    total = scipy.ndimage.gaussian_filter(np.where(clean, residual**2, 0.0), scale, mode="nearest")
-    return np.maximum(
-        total / np.maximum(scipy.ndimage.gaussian_filter(clean.astype(float), scale, mode="nearest"), 1e-3), 1e-12
+    total, weight = (
+        scipy.ndimage.gaussian_filter(each, scale, mode="constant")
+        for each in (np.where(clean, residual**2, 0.0), clean.astype(float))
     )
+    return np.maximum(total / np.maximum(weight, 1e-3), 1e-12)
 
 
 def _correlation(residual: np.ndarray, clean: np.ndarray, max_lag: int, channel: int) -> np.ndarray:
@@ -198,9 +206,7 @@ def _moving_average(function: np.ndarray, error: np.ndarray, half: int) -> np.nd
         return scipy.signal.convolve2d(whole(values), whole(values))
 
     # Beyond the reach of what is significant there is none.
-    wanted, scale = (
-        np.pad(each, 2 * half - reach, mode=mode) for each, mode in ((function, "constant"), (error, "edge"))
-    )
+    wanted, scale = np.pad(function, 2 * half - reach), np.pad(error, 2 * half - reach, mode="edge")
     unit = np.eye(kernel.size // 2 + 1)
 
     def misfit(values):

@@ -12,7 +12,7 @@ from jax import Array
 from scenefit.arrays.vecchia import AbstractWhitening, Order, whitening
 from scenefit.data.abstractnoise import AbstractGaussianNoise
 from scenefit.data.blanksky import measure_blank_sky
-from scenefit.data.correlation import AbstractCorrelation, StationaryCorrelation
+from scenefit.data.correlation import AbstractCorrelation, PropagatedCorrelation, StationaryCorrelation
 from scenefit.data.weights import (
     as_weights,
     gaussian_log_normalization,
@@ -47,7 +47,7 @@ class CorrelatedNoise(AbstractGaussianNoise):
     Raises
     ------
     ValueError
-        If a weight is negative, NaN or infinite, or the correlation isn't one, reaches beyond the image or has another number of
+        If a weight is negative, NaN or infinite, or the correlation isn't one, or is that of other pixels or another number of
         channels.
     """
 
@@ -64,6 +64,8 @@ class CorrelatedNoise(AbstractGaussianNoise):
             correlation = StationaryCorrelation(correlation)
         if correlation.num_channels not in (1, len(weights)):
             raise ValueError(f"The correlation has {correlation.num_channels} channels, the weights {len(weights)}.")
+        if isinstance(correlation, PropagatedCorrelation) and correlation.shape != weights.shape[1:]:
+            raise ValueError(f"The correlation is that of {correlation.shape} pixels, the weights {weights.shape[1:]}.")
         self.weights, self.correlation = weights, correlation
         orders = correlation.orders()
         # One order for all channels: that of the channel which needs most.
@@ -112,9 +114,10 @@ class CorrelatedNoise(AbstractGaussianNoise):
         reach = [min((n - 1) // 2, LARGEST_LAG) for n in power.shape[1:]]
         rows, columns = (slice(m - r, m + r + 1) for m, r in zip(middle, reach, strict=True))
         variance = covariance[:, middle[0], middle[1]]
-        function = _checked_range(covariance[:, rows, columns] / variance[:, None, None], shape or power.shape[1:])
         if weights is None:
             weights = np.broadcast_to(1 / variance[:, None, None], (len(power), *(shape or power.shape[1:])))
+        smaller = np.minimum(power.shape[1:], np.shape(weights)[1:])
+        function = _checked_range(covariance[:, rows, columns] / variance[:, None, None], smaller)
         return cls(weights, StationaryCorrelation(function))
 
     @classmethod
@@ -138,7 +141,7 @@ class CorrelatedNoise(AbstractGaussianNoise):
         Raises
         ------
         ValueError
-            If too few clean pixels are left.
+            If shapes don't match, data with weight aren't finite, or too few clean pixels are left.
 
         Warns
         -----
@@ -146,7 +149,9 @@ class CorrelatedNoise(AbstractGaussianNoise):
             If there are so few that the power spectrum is uncertain by more than 10 per cent.
         """
         weights = as_weights(weights)
-        blank = measure_blank_sky(np.asarray(data, dtype=float), weights, mask=mask, max_lag=max_lag, varying=varying)
+        blank = measure_blank_sky(
+            np.asarray(data, dtype=float), np.asarray(weights), mask=mask, max_lag=max_lag, varying=varying
+        )
         return cls(weights / blank.variance, StationaryCorrelation(_checked_range(blank.function, weights.shape[1:])))
 
     @property
@@ -172,11 +177,8 @@ class CorrelatedNoise(AbstractGaussianNoise):
         return jnp.zeros(())
 
     def sample(self, key):  # noqa: D102
-        if self.correlation is None:
-            raise ValueError(
-                "This noise has been stripped of its correlation for the solver: draw from that of the observation."
-            )
-        return sigma_of(self.weights) * self.correlation.sample(key, self.weights.shape)
+        channels, height, width = self.weights.shape
+        return sigma_of(self.weights) * self._known_correlation().sample(key, (channels, height, width))
 
     def scaled(self, unit):  # noqa: D102
         return eqx.tree_at(lambda noise: noise.weights, self, scaled_weights(self.weights, unit))
@@ -185,7 +187,15 @@ class CorrelatedNoise(AbstractGaussianNoise):
         weights = restricted_weights(self.weights, keep, window)
         if weights.shape == self.weights.shape and ((weights > 0) == self.valid).all():
             return self
-        return CorrelatedNoise(weights, self.correlation.window(window))
+        return CorrelatedNoise(weights, self._known_correlation().window(window))
+
+    def _known_correlation(self) -> AbstractCorrelation:
+        """Return the correlation, of noise on the host."""
+        if self.correlation is None:
+            raise ValueError(
+                "This noise has been stripped of its correlation for the solver: use that of the observation."
+            )
+        return self.correlation
 
     @property
     def reach(self) -> int:  # noqa: D102
@@ -200,12 +210,13 @@ def _checked_range(function: np.ndarray, shape) -> np.ndarray:
     """Return the correlation function if pixels half an image apart are independent."""
     middle = [n // 2 for n in function.shape[1:]]
     for axis, (half, size) in enumerate(zip(middle, shape, strict=True)):
-        if half < size // 2:
+        lag = int(size - 1) // 2
+        if lag == 0 or half < lag:
             continue
-        far = np.abs(np.take(function, [half - size // 2, half + size // 2], axis=1 + axis)).max()
+        far = np.abs(np.take(function, [half - lag, half + lag], axis=1 + axis)).max()
         if far > LONG_RANGE:
             raise ValueError(
-                f"Noise is correlated by {far:.2g} between pixels {size // 2} {('rows', 'columns')[axis]} apart, half the image: "
+                f"Noise is correlated by {far:.2g} between pixels {lag} {('rows', 'columns')[axis]} apart, half the image: "
                 "what varies so slowly is a background, which can be fitted, not noise. Subtract it, or use a larger image."
             )
     return function
@@ -216,5 +227,6 @@ def _amplification(function: np.ndarray) -> float:
     frequency = np.linspace(0, SMOOTH, 9)
     lags = np.arange(len(function)) - len(function) // 2
     wave = np.exp(2j * np.pi * np.outer(frequency, lags))
-    power = np.concatenate([(wave @ function @ wave.T).real, (wave @ function @ wave.conj().T).real])
-    return float(np.sqrt(power[0, 0] / np.clip(power.min(), 1e-3, power[0, 0])))
+    power = np.real(np.concatenate([wave @ function @ wave.T, wave @ function @ wave.conj().T]))
+    constant = max(float(power[0, 0]), 1e-3)
+    return float(np.sqrt(constant / np.clip(power.min(), 1e-3, constant)))

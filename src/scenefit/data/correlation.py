@@ -86,13 +86,14 @@ class StationaryCorrelation(AbstractCorrelation):
         if not np.allclose(function, function[:, ::-1, ::-1], rtol=0, atol=1e-4):
             raise ValueError("A correlation function must be the same at opposite lags: f(-dy, -dx) = f(dy, dx).")
         function = 0.5 * (function + function[:, ::-1, ::-1])
-        self.function = _trimmed(function)
-        power = torus_power(self.function, tuple(4 * n for n in self.function.shape[1:]))
+        # Before it is trimmed: many negligible values together aren't.
+        power = torus_power(function, (4 * function.shape[1], 4 * function.shape[2]))
         if (lowest := power.min()) < -NEGATIVE:
             raise ValueError(
                 f"The correlation function isn't positive definite: its power spectrum goes down to {lowest:.2g} of the mean "
                 "power. Give one that was measured through `CorrelatedNoise.measured`, or taper it."
             )
+        self.function = _trimmed(function)
 
     @property
     def num_channels(self) -> int:  # noqa: D102
@@ -118,10 +119,11 @@ class StationaryCorrelation(AbstractCorrelation):
 
     def sample(self, key, shape):  # noqa: D102
         # On a torus on which opposite edges of the image are out of each other's reach.
-        torus = tuple(fast_length(n + m // 2) for n, m in zip(shape[1:], self.function.shape[1:], strict=True))
+        height, width = (fast_length(n + m // 2) for n, m in zip(shape[1:], self.function.shape[1:], strict=True))
+        torus = height, width
         gain = np.sqrt(np.maximum(torus_power(self.function, torus), 0.0))
         noise = jax.random.normal(key, (shape[0], *torus))
-        colored = jnp.fft.irfft2(jnp.fft.rfft2(noise) * gain[:, :, : torus[1] // 2 + 1], torus)
+        colored = jnp.fft.irfft2(jnp.fft.rfft2(noise) * gain[:, :, : width // 2 + 1], torus)
         return colored[:, : shape[1], : shape[2]]
 
 
@@ -167,7 +169,7 @@ class PropagatedCorrelation(AbstractCorrelation):
             rows = self._rows(channel)
             some = np.flatnonzero((self.weight[channel] != 0).any(axis=1))
             some = some[np.unique(np.linspace(0, len(some) - 1, SAMPLED_PIXELS).astype(int))] if len(some) else some
-            result.append(_mean_band(rows[some] @ rows.T, some, self.shape, 1))
+            result.append(_mean_band(rows[some] @ rows.T, some, self.shape) if len(some) else np.ones((1, 1)))
         reach = max(len(each) // 2 for each in result)
         return np.stack([np.pad(each, reach - len(each) // 2) for each in result])
 
@@ -206,7 +208,8 @@ def torus_power(function: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     image = np.zeros((len(function), *shape))
     rows, columns = (np.arange(-(n // 2), n // 2 + 1) % size for n, size in zip(function.shape[1:], shape, strict=True))
     # Lags that differ by a turn around the torus are one and the same there.
-    np.add.at(image, (slice(None), rows[:, None], columns), function)
+    for plane, values in zip(image, function, strict=True):
+        np.add.at(plane, (rows[:, None], columns), values)
     return np.fft.fft2(image).real
 
 
@@ -225,7 +228,7 @@ def _lags(first: np.ndarray, second: np.ndarray, width: int) -> tuple[np.ndarray
     return second // width - first // width, second % width - first % width
 
 
-def _mean_band(products, pixels: np.ndarray, shape, step: int) -> np.ndarray:
+def _mean_band(products, pixels: np.ndarray, shape) -> np.ndarray:
     """Return the mean correlation of some pixels (rows of the sparse `products`) with others, by lag."""
     products = products.tocoo()
     dy, dx = _lags(pixels[products.row], products.col, shape[1])

@@ -169,7 +169,8 @@ class Renderer(eqx.Module):
         constant = is_affine or min(shape) == 1
         area = np.full((1, 1), abs(np.linalg.det(affine))) if constant else _pixel_areas(position)[window.slices]
         position, inside = position[window.slices], inside[window.slices]
-        generator = _generator(frame)
+        jacobian = frame.sky_jacobian()
+        generator = _generator(jacobian)
         # The PSF turns with the image.
         angles = (0.0, LARGEST_ROTATION, -LARGEST_ROTATION) if turning else (0.0,)
         affines = [affine + _move(generator, angle, np) @ affine for angle in angles]
@@ -197,7 +198,7 @@ class Renderer(eqx.Module):
             kx=as_floats(kx),
             area=as_floats(area),
             norm=as_floats(norm),
-            sky_jacobian=as_floats(frame.sky_jacobian()),
+            sky_jacobian=as_floats(jacobian),
             metric=as_floats(affine @ affine.T),
             sampling=sampling,
             turn=turn,
@@ -344,12 +345,11 @@ def _pixel_areas(position):
     return np.abs(dy[..., 0] * dx[..., 1] - dy[..., 1] * dx[..., 0])
 
 
-def _generator(frame) -> np.ndarray:
+def _generator(jacobian) -> np.ndarray:
     """Return the derivative of where a pixel looks, (y, x) on the model, by the angle, per offset from the middle.
 
     The inverse of the rotation (north to east) of what the sky's tangent plane shows.
     """
-    jacobian = frame.sky_jacobian()
     return jacobian @ np.array([[0.0, -1.0], [1.0, 0.0]]) @ np.linalg.inv(jacobian)
 
 

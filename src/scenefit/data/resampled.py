@@ -74,7 +74,7 @@ class CorrelatedObservation:
                     residual, np.asarray(obs.noise.weights), mask=mask, max_lag=max_lag, varying=varying
                 )
                 return obs.with_noise(noise)
-            return _resampled(obs, *_grid(resample_to), order)
+        return _resampled(obs, *_grid(resample_to), order)
 
 
 def _grid(target) -> tuple[WCS | None, tuple[int, int]]:
@@ -91,15 +91,18 @@ def _grid(target) -> tuple[WCS | None, tuple[int, int]]:
 
 def _resampled(obs: Observation, wcs, shape: tuple[int, int], order: int) -> Observation:
     """Return the observation on other pixels."""
-    if obs.astrometry.rotation != 0:
-        raise ValueError("a rotation is about the middle of the native image: resample first, then set astrometry=.")
-    resampling = Resampling.between(obs.wcs, obs.shape[1:], wcs, shape, order)
     valid = obs.noise.valid
-    data, usable = resampling.apply(obs.data, valid)
-    if not usable.any():
-        raise ValueError(
-            "no pixel of the target lies on pixels with information, its whole kernel included; nothing to fit."
-        )
+    with naming(obs.name):
+        if obs.astrometry.rotation != 0:
+            raise ValueError(
+                "a rotation is about the middle of the native image: resample first, then set astrometry=."
+            )
+        resampling = Resampling.between(obs.wcs, obs.shape[1:], wcs, shape, order)
+        data, usable = resampling.apply(obs.data, valid)
+        if not usable.any():
+            raise ValueError(
+                "no pixel of the target lies, kernel included, on pixels with information; nothing to fit."
+            )
     sigma = np.sqrt(np.where(valid, 1 / np.where(valid, obs.noise.weights, 1.0), 0.0)).reshape(len(data), -1)
     rows = resampling.rows(valid)
     weight = np.stack([row.weight * plane[row.index] for row, plane in zip(rows, sigma, strict=True)])

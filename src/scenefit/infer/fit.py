@@ -145,7 +145,7 @@ def fit(
     Raises
     ------
     ValueError
-        If every observation's shift is free, names repeat, a start is out of its range or the model isn't finite.
+        If every observation's shift or rotation is free, names repeat, a start is out of its range or the model isn't finite.
     RuntimeError
         If `throw` and the fit didn't converge.
     """

@@ -94,7 +94,7 @@ class Footprints(eqx.Module):
     color: Int[Array, " member"]
     num_colors: Int[Array, ""]
     room: int = eqx.field(static=True)
-    cores: tuple[Int[Array, "n 2"] | None, ...]
+    cores: tuple[Int[Array, "_ 2"] | None, ...]
     core_sizes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
     pairs: tuple[Pairs, ...]
 
@@ -240,7 +240,8 @@ def covered_pixels(boxes: Sequence[Box], frame: Frame, obs: Observation, *, core
     scale = 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
     reach = min(obs.psf.extent, CORE_WINGS * obs.psf.effective_sigma.max()) if cores else obs.psf.extent
     ends = np.array([(*box.origin, *box.stop) for box in boxes], float).reshape(-1, 4)
-    corners = pixel_map(frame.wcs, obs.wcs, ends[:, [0, 0, 2, 2]], ends[:, [1, 3, 1, 3]])
+    places = np.stack([ends[:, [0, 0, 2, 2]], ends[:, [1, 3, 1, 3]]], axis=-1)
+    corners = pixel_map(frame.wcs, obs.wcs, *np.moveaxis(obs.apparent_positions(places, frame), -1, 0))
     # Whitening spreads what is correlated.
     spread = min(obs.noise.reach, CORE_SPREAD) if cores else obs.noise.reach
     margin = reach + 2 + 2 * scale + spread

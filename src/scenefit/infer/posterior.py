@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
 from scenefit.arrays.stamps import bucket_count
-from scenefit.data.nuisances import NUISANCES
+from scenefit.data.nuisances import LARGEST_ROTATION, NUISANCES
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import Renderer
 from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
@@ -108,6 +109,8 @@ def unpack(
 def _unpack_image(obs, image, level, renderer) -> Observation:
     """Return an observation with the values of its image."""
     obs = obs.with_renderer(renderer, obs.frame)
+    if image.rotation is not None:
+        _warn_at_limit(obs.name, abs(float(image.rotation)), renderer)
     fitted = {path: getattr(image, path.rpartition(".")[2]) for path in NUISANCES}
     units = {path: _data_unit(path, value, level) for path, value in obs.nuisances().items()}
     obs = obs.with_nuisances({p: np.asarray(v, float) * units[p] for p, v in fitted.items() if v is not None})
@@ -116,6 +119,17 @@ def _unpack_image(obs, image, level, renderer) -> Observation:
         return obs
     values = [np.asarray(getattr(image.noise, name), float) * level for name in names]
     return obs.with_noise(eqx.tree_at(lambda noise: [getattr(noise, name) for name in names], obs.noise, values))
+
+
+def _warn_at_limit(name: str, rotation: float, renderer: Renderer):
+    """Warn of a rotation that the padding of the frame keeps from becoming larger."""
+    largest = LARGEST_ROTATION if renderer.turn is None else float(renderer.turn.largest)
+    if AT_LIMIT * largest < rotation and largest < LARGEST_ROTATION:
+        warnings.warn(
+            f"{name}: its rotation of {rotation:.3g} degrees is the largest that the padding of the frame allows; give the Frame "
+            "more padding, or correct the WCS.",
+            stacklevel=3,
+        )
 
 
 _fill = compiled(Problem.fill)
@@ -245,7 +259,8 @@ def _as_image(obs: Observation, level, unit, parameters: Parameters) -> Image:
     )
 
 
-TURN = "astrometry.rotation"
+TURN, AT_LIMIT = "astrometry.rotation", 0.999
+"""Path of the rotation, and the part of the largest one beyond which it is said to be at its limit."""
 
 
 def _is_used(obs: Observation, path: str, parameters: Parameters) -> bool:

@@ -129,7 +129,7 @@ def laplace_target(problem: Problem, state: State, layout: Layout, where: Footpr
     ValueError
         If nothing determines a combination of the parameters.
     """
-    gauss_newton = np.asarray(_gauss_newton(problem, state, where), dtype=float)
+    gauss_newton = np.array(_gauss_newton(problem, state, where), dtype=float)
     index = np.asarray(where.index)
     gauss_newton += np.diag(_of_amplitudes(problem)[index] / LARGEST_SPREAD**2)
     # Where a map saturates, the data say nothing, but the density of the coordinate falls off like its volume.

@@ -188,7 +188,8 @@ class ResampledPSF(AbstractPSF):
 
     @property
     def size(self) -> float:  # noqa: D102
-        return self.psf.size * float(np.sqrt(abs(np.linalg.det(self.affine))))
+        # It isn't given on these pixels: they may be part of what the native stamp fits into.
+        return 0.0
 
     @property
     def effective_sigma(self) -> np.ndarray:  # noqa: D102
