@@ -490,6 +490,13 @@ class TestBadInput:
         self.check(run, "free_shift: no observation is named 'HSSC'; there are ['HST', 'HSC']")
         run = fit(tmp_path / "out", field, "--free-background", "ACS")
         self.check(run, "free_background: no observation is named 'ACS'; there are ['HST', 'HSC']")
+        run = fit(tmp_path / "out", field, "--correlated", "VIS")
+        self.check(run, "correlated: no observation is named 'VIS'; there are ['HST', 'HSC']")
+
+    def test_noise_that_cannot_be_measured(self, field, tmp_path):
+        """Sources cover all of the small image."""
+        run = fit(tmp_path / "out", field, "--correlated", "HST")
+        self.check(run, "HST: Only", "of 1600 valid pixels of channel 0 are free of sources")
 
     def test_all_shifts_free(self, field, tmp_path):
         run = fit(tmp_path / "out", field, "--free-shift", "HSC", "--free-shift", "HST")
@@ -707,7 +714,17 @@ class TestOtherCommands:
         text = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "200"}).output
         assert all(command in text for command in ("demo", "fit", "show", "info"))
         text = CliRunner().invoke(cli.app, ["fit", "--help"], env={"COLUMNS": "200"}).output
-        options = ("out", "catalog", "model", "free-shift", "free-background", "coverage", "rtol", "max-steps")
+        options = (
+            "out",
+            "catalog",
+            "model",
+            "free-shift",
+            "free-background",
+            "correlated",
+            "coverage",
+            "rtol",
+            "max-steps",
+        )
         assert all(f"--{option}" in text for option in (*options, "overwrite", "quiet"))
 
     def test_no_command_shows_the_help(self):

@@ -12,6 +12,7 @@ catalog = "lists/positions.ecsv"
 model = "gaussian"
 free_shift = ["HSC", "VIS"]
 free_background = ["HSC"]
+correlated = ["HST"]
 coverage = "intersection"
 rtol = 0.1
 max_steps = 7
@@ -24,6 +25,7 @@ OPTIONS = {
     "model": "point",
     "free_shift": ("A",),
     "free_background": ("B", "C"),
+    "correlated": ("A",),
     "coverage": "intersection",
     "rtol": 0.5,
     "max_steps": 3,
@@ -104,6 +106,7 @@ class TestReadSettings:
             model="gaussian",
             free_shift=("HSC", "VIS"),
             free_background=("HSC",),
+            correlated=("HST",),
             coverage="intersection",
             zeropoints={"HST": 25.94, "HSC": 27.0},
             rtol=0.1,

@@ -49,6 +49,9 @@ def fit(
     free_background: Annotated[
         list[str] | None, typer.Option(help="Observation whose background is fitted; repeatable.")
     ] = None,
+    correlated: Annotated[
+        list[str] | None, typer.Option(help="Observation whose noise is correlated, and measured; repeatable.")
+    ] = None,
     coverage: Annotated[str | None, typer.Option(help="Model frame: union or intersection.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Tolerance of the fit, in standard deviations.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
@@ -62,6 +65,7 @@ def fit(
         model=model,
         free_shift=tuple(free_shift) if free_shift else None,
         free_background=tuple(free_background) if free_background else None,
+        correlated=tuple(correlated) if correlated else None,
         coverage=coverage,
         rtol=rtol,
         max_steps=max_steps,

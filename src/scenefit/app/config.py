@@ -13,6 +13,8 @@ from typing import Any
 
 COVERAGES = ("union", "intersection")
 MODELS = ("pixel", "gaussian", "point")
+NAMES = ("free_shift", "free_background", "correlated")
+"""Settings that are names of observations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Settings:
         Observations whose offset is fitted.
     free_background : tuple of str
         Observations whose background is fitted.
+    correlated : tuple of str
+        Observations whose noise is correlated: it is measured where there are no sources.
     coverage : str
         Of the model frame: "union" or "intersection".
     zeropoints : dict of str to float
@@ -44,6 +48,7 @@ class Settings:
     model: str = "pixel"
     free_shift: tuple[str, ...] = ()
     free_background: tuple[str, ...] = ()
+    correlated: tuple[str, ...] = ()
     coverage: str = "union"
     zeropoints: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rtol: float = 0.02
@@ -97,6 +102,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         "model": str,
         "free_shift": list,
         "free_background": list,
+        "correlated": list,
         "coverage": str,
         "zeropoints": dict,
         "rtol": float,
@@ -120,7 +126,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     for key in ("input", "catalog"):
         if key in content:
             content[key] = path.parent / content[key]
-    for key in ("free_shift", "free_background"):
+    for key in NAMES:
         if not all(isinstance(name, str) for name in content.get(key, ())):
             raise ValueError(f"{path}: setting {key!r} wants names of observations; got {content[key]}.")
         if key in content:

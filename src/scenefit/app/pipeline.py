@@ -14,8 +14,9 @@ import numpy as np
 from astropy.table import QTable
 
 from scenefit.app import io, plot
-from scenefit.app.config import Settings
+from scenefit.app.config import NAMES, Settings
 from scenefit.app.serialization import atomic_path, package_version, save
+from scenefit.data.resampled import CorrelatedObservation
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.model.parameters import Parameters
 from scenefit.sky.frame import Frame
@@ -60,7 +61,7 @@ def run(
     clock = _Clock()
     observations = io.read_observations(settings.input, zeropoints=dict(settings.zeropoints) or None)
     names = [obs.name for obs in observations]
-    for setting in ("free_shift", "free_background"):
+    for setting in NAMES:
         if unknown := [name for name in getattr(settings, setting) if name not in names]:
             raise ValueError(f"{setting}: no observation is named {', '.join(map(repr, unknown))}; there are {names}.")
     positions = io.catalog_in(settings.input) if settings.catalog is None else io.read_catalog(settings.catalog)
@@ -68,6 +69,9 @@ def run(
         raise ValueError(
             f"{settings.input}: expected an HDU CATALOG with RA and DEC of the sources, or --catalog TABLE."
         )
+    observations = tuple(
+        CorrelatedObservation.from_observation(obs) if obs.name in settings.correlated else obs for obs in observations
+    )
     clock.lap("read")
     frame = Frame.from_observations(observations, settings.coverage)
     scene = initialize(frame, observations, positions[0], model=settings.model, progress=progress)
