@@ -18,7 +18,8 @@ nox.options.sessions = ["lint", "types", "tests"]
 
 ROOT = Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NO_WINDOW = {"MPLBACKEND": "Agg"}
+# With several threads, OpenBLAS takes a hundred times as long for small matrices where cores are shared.
+ENVIRONMENT = {"MPLBACKEND": "Agg", "OPENBLAS_NUM_THREADS": "1"}
 # Scripts of benchmarks/ that measure nothing: run only when named.
 NO_BENCH = ("make_demo_field",)
 # What each benchmark compares with, in an environment of its own.
@@ -56,14 +57,14 @@ def lower_bounds() -> list[str]:
 def demo(session: nox.Session) -> None:
     """Run the main job on the packaged demo field, with the package installed as users get it."""
     session.install(".")
-    session.run("scenefit", "demo", "--out", "demo_output", "--overwrite", *session.posargs, env=NO_WINDOW)
+    session.run("scenefit", "demo", "--out", "demo_output", "--overwrite", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     session.install("-e", ".[dev,sim]")
-    session.run("pytest", *session.posargs, env=NO_WINDOW)
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
@@ -72,7 +73,7 @@ def tests_oldest(session: nox.Session) -> None:
     constraints = Path(session.create_tmp()) / "lower_bounds.txt"
     constraints.write_text("\n".join(lower_bounds()) + "\n")
     session.install("-c", str(constraints), "-e", ".[dev,sim]")
-    session.run("pytest", *session.posargs, env=NO_WINDOW)
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
@@ -117,7 +118,7 @@ def tutorials(session: nox.Session) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with session.chdir(output):
         for script in scripts:
-            session.run("python", str(script), env=NO_WINDOW)
+            session.run("python", str(script), env=ENVIRONMENT)
 
 
 @nox.session
@@ -144,7 +145,7 @@ def bench(session: nox.Session) -> None:
         if options.peers:
             for option, requirements in SECOND_PEERS.get(name, {}).items():
                 more += [option, make_peer(session, requirements)]
-        session.run("python", str(scripts[name]), *more, *arguments, env=NO_WINDOW)
+        session.run("python", str(scripts[name]), *more, *arguments, env=ENVIRONMENT)
 
 
 def make_peer(session: nox.Session, requirements: tuple[str, ...]) -> str:

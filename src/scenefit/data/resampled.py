@@ -68,13 +68,12 @@ class CorrelatedObservation:
                     f"correlated noise is made from weights of independent pixels; got {type(obs.noise).__name__}. Give an "
                     "observation with weights=."
                 )
+            weights = np.asarray(obs.noise.weights, dtype=float)
             if resample_to is None:
                 residual = obs.data - obs.background_image()
-                noise = CorrelatedNoise.measured(
-                    residual, np.asarray(obs.noise.weights), mask=mask, max_lag=max_lag, varying=varying
-                )
+                noise = CorrelatedNoise.measured(residual, weights, mask=mask, max_lag=max_lag, varying=varying)
                 return obs.with_noise(noise)
-        return _resampled(obs, *_grid(resample_to), order)
+        return _resampled(obs, weights, *_grid(resample_to), order)
 
 
 def _grid(target) -> tuple[WCS | None, tuple[int, int]]:
@@ -89,9 +88,9 @@ def _grid(target) -> tuple[WCS | None, tuple[int, int]]:
     )
 
 
-def _resampled(obs: Observation, wcs, shape: tuple[int, int], order: int) -> Observation:
-    """Return the observation on other pixels."""
-    valid = obs.noise.valid
+def _resampled(obs: Observation, weights: np.ndarray, wcs, shape: tuple[int, int], order: int) -> Observation:
+    """Return the observation, with its weights, on other pixels."""
+    valid = weights > 0
     with naming(obs.name):
         if obs.astrometry.rotation != 0:
             raise ValueError(
@@ -103,7 +102,7 @@ def _resampled(obs: Observation, wcs, shape: tuple[int, int], order: int) -> Obs
             raise ValueError(
                 "no pixel of the target lies, kernel included, on pixels with information; nothing to fit."
             )
-    sigma = np.sqrt(np.where(valid, 1 / np.where(valid, obs.noise.weights, 1.0), 0.0)).reshape(len(data), -1)
+    sigma = np.sqrt(np.where(valid, 1 / np.where(valid, weights, 1.0), 0.0)).reshape(len(data), -1)
     rows = resampling.rows(valid)
     weight = np.stack([row.weight * plane[row.index] for row, plane in zip(rows, sigma, strict=True)])
     variance = (weight**2).sum(axis=2).reshape(data.shape)
@@ -112,11 +111,11 @@ def _resampled(obs: Observation, wcs, shape: tuple[int, int], order: int) -> Obs
     density = 1 / np.sqrt(area)
     step = int(np.ceil(density / CRITICAL)) if density >= OVERSAMPLED else 1
     correlation = PropagatedCorrelation(rows[0].index, weight, shape, step)
-    weights = np.where(usable, 1 / np.where(usable, variance, 1.0), 0.0)
+    new_weights = np.where(usable, 1 / np.where(usable, variance, 1.0), 0.0)
     middle = pixel_map(wcs, obs.wcs, *((n - 1) / 2 for n in shape)) - [(n - 1) / 2 for n in obs.shape[1:]]
     return Observation(
         data,
-        noise=CorrelatedNoise(weights, correlation),
+        noise=CorrelatedNoise(new_weights, correlation),
         psf=resampling.resampled_psf(obs.psf),
         wcs=wcs,
         channels=obs.channels,
