@@ -124,6 +124,9 @@ def choose_order(correlation: np.ndarray, support: float, step: int = 1) -> Orde
         order = Order(order_step, stride, NUMBERS[-1], max(SMALLEST_RADIUS, RADIUS_PER_WIDTH * width), support)
         if _variances(order, part).min() >= support:
             break
+    if order.step > 1:
+        # There are few pixels then, for whatever they cost.
+        return order
     share = np.array([1 / lattice.stride**2 for lattice in lattices(order)])
     spreads = [0.5 * float(share @ np.log(_variances(order._replace(number=number), part))) for number in NUMBERS]
     for number, now, more in zip(NUMBERS, spreads, spreads[1:], strict=False):
