@@ -16,6 +16,8 @@ from numpyro.distributions.transforms import ExpTransform
 from scenefit.app import serialization
 from scenefit.app.serialization import atomic_path, load, save
 from scenefit.arrays.box import Box
+from scenefit.data.correlated import CorrelatedNoise
+from scenefit.data.correlation import PropagatedCorrelation, StationaryCorrelation
 from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
 from scenefit.data.observation import Astrometry, Calibration, Observation
 from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
@@ -174,6 +176,9 @@ def make_posterior() -> Posterior:
     )
 
 
+CORRELATION = np.array(
+    [[[0.1, 0.25, 0.1], [0.3, 1.0, 0.3], [0.1, 0.25, 0.1]], [[0, 0.1, 0], [1 / 3, 1, 1 / 3], [0, 0.1, 0]]]
+)
 EXAMPLES = {
     "Box": Box((3, 4), (-1, 2)),
     "GaussianPSF": GaussianPSF([1.1, 1.3], integrate_pixel=True),
@@ -188,7 +193,12 @@ EXAMPLES = {
     "PoissonNoise": PoissonNoise(
         np.where(RNG.random((2, 3, 4)) < 0.1, np.nan, RNG.poisson(3.0, (2, 3, 4))), [1 / 3, 2]
     ),
-    "Astrometry": Astrometry([0.1, -0.2]),
+    "StationaryCorrelation": StationaryCorrelation(CORRELATION),
+    "PropagatedCorrelation": PropagatedCorrelation(
+        RNG.integers(0, 20, (12, 3)), RNG.uniform(0.5, 1, (2, 12, 3)), (3, 4), step=2
+    ),
+    "CorrelatedNoise": CorrelatedNoise(RNG.uniform(0, 1, size=(2, 7, 6)), CORRELATION),
+    "Astrometry": Astrometry([0.1, -0.2], 1 / 3),
     "Calibration": Calibration([1.1, 1 / 3], [0.2, -0.1]),
     "Observation": make_observation(),
     "ArraySpectrum": ArraySpectrum([1.0, 1 / 3]),
@@ -236,7 +246,8 @@ def assert_identical(loaded, saved):
         assert len(loaded) == len(saved)
         for a, b in zip(loaded, saved, strict=True):
             assert_identical(a, b)
-    elif isinstance(saved, np.ndarray):
+    elif isinstance(saved, np.ndarray | jax.Array):
+        loaded, saved = np.asarray(loaded), np.asarray(saved)
         assert loaded.dtype == saved.dtype
         assert loaded.shape == saved.shape
         # The sign bit of NaN means nothing.
