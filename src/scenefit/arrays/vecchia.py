@@ -33,8 +33,9 @@ MAX_DENSE = 1024
 NUMBERS, CLOSE_ENOUGH = (24, 48, 96), 5e-3
 """From how many pixels each is predicted: the fewest with which twice as many would change the mean logarithm of the standard
 deviation by less than this."""
-RADIUS_PER_WIDTH, SMALLEST_RADIUS = 3.5, 8.0
-"""Radius of predictions, in units of the width of the correlation, and in pixels at least."""
+RADIUS_PER_WIDTH, SMALLEST_RADIUS, RADIUS_STEP = 3.5, 8.0, 4.0
+"""Radius of predictions, in units of the width of the correlation, and in pixels at least. It is a multiple of so many pixels,
+lest every correlation has an order, and with it a compilation, of its own."""
 JITTER = 1e-8
 """Added to the unit diagonal of correlations: images that are smoother than their pixels have singular ones."""
 NOT_POSITIVE = "The correlation of the noise isn't positive definite: no noise can have it."
@@ -121,7 +122,8 @@ def choose_order(correlation: np.ndarray, support: float, step: int = 1) -> Orde
         part = correlation[np.ix_(places, places)]
         width = float(np.sqrt(max(part.sum(), 1.0)))
         stride = 2 ** max(1, int(np.ceil(np.log2(width) - 1e-9)))
-        order = Order(order_step, stride, NUMBERS[-1], max(SMALLEST_RADIUS, RADIUS_PER_WIDTH * width), support)
+        radius = max(SMALLEST_RADIUS, RADIUS_STEP * float(np.ceil(RADIUS_PER_WIDTH * width / RADIUS_STEP)))
+        order = Order(order_step, stride, NUMBERS[-1], radius, support)
         if _variances(order, part).min() >= support:
             break
     if order.step > 1:
