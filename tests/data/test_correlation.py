@@ -97,7 +97,7 @@ def test_bands_are_the_dense_covariance(name, step):
 
 def test_orders_are_those_of_each_channel():
     functions = np.stack([np.pad(CORRELATIONS["white"], 2), CORRELATIONS["drizzled"]])
-    assert StationaryCorrelation(functions).orders() == [choose_order(each, SUPPORT) for each in functions]
+    assert StationaryCorrelation(functions).orders(functions) == [choose_order(each, SUPPORT) for each in functions]
 
 
 def test_power_is_the_transform_of_the_correlation():
@@ -173,7 +173,7 @@ def test_the_average_is_that_of_the_dense_covariance():
             assert average[channel, dy + reach, dx + reach] == pytest.approx(np.mean(pairs), abs=1e-12)
     assert covariance[0, 0, reach + 1 :].max(initial=0) == 0
     np.testing.assert_allclose(average[:, reach, reach], 1.0, rtol=1e-12)
-    assert correlation.orders() == [choose_order(each, SUPPORT_OF_SUMS) for each in average]
+    assert correlation.orders(average) == [choose_order(each, SUPPORT_OF_SUMS) for each in average]
 
 
 def test_the_average_of_a_large_image_is_that_of_some_pixels():
@@ -193,7 +193,7 @@ def test_a_channel_that_nothing_contributes_to_is_white():
     weight[1] = 0
     correlation = PropagatedCorrelation(index, weight, SHAPE)
     np.testing.assert_array_equal(correlation.average(), np.ones((2, 1, 1)))
-    assert len(correlation.orders()) == 2
+    assert len(correlation.orders(correlation.average())) == 2
 
 
 def test_a_window_is_that_part_of_the_covariance():

@@ -142,7 +142,7 @@ def _variances(order: Order, correlation: np.ndarray) -> np.ndarray:
     band, origin = correlation[:, :, None, None], np.zeros((1, 2), int)
     blocks = [_blocks(band, offsets, origin) + JITTER * np.eye(len(offsets)) for offsets in neighbors(order)]
     try:
-        return np.array([_last_rows(block)[0, -1] ** -2 for block in blocks])
+        return np.array([_last_rows(block[None])[0, -1] ** -2 for block in blocks])
     except np.linalg.LinAlgError:
         return np.zeros(len(blocks))
 
@@ -346,7 +346,7 @@ def _predictions_of(band, offsets, points, use) -> np.ndarray:
 
 
 def _blocks(band, offsets, points, use=None) -> np.ndarray:
-    """Return the correlations of the neighbors of points with one another, shape (n or 1, neighbor, neighbor)."""
+    """Return the correlations of the neighbors of points, ([n,] neighbor, neighbor): of all points if they are the same."""
     lags = offsets[None] - offsets[:, None]
     places = points[:, None, None] + offsets[:, None]
     if use is not None:
@@ -360,10 +360,7 @@ def _block(band, lags, places) -> np.ndarray:
     near = (np.abs(lags[..., 0]) <= reach_y) & (np.abs(lags[..., 1]) <= reach_x)
     lag_y, lag_x = np.where(near, lags[..., 0], 0) + reach_y, np.where(near, lags[..., 1], 0) + reach_x
     if band.shape[2:] == (1, 1):
-        values = band[lag_y, lag_x, 0, 0]
-        return (
-            np.where(near, values, 0.0)[None] if values.ndim == 2 and places.ndim == 4 else np.where(near, values, 0.0)
-        )
+        return np.where(near, band[lag_y, lag_x, 0, 0], 0.0)
     return np.where(near, band[lag_y, lag_x, places[..., 0], places[..., 1]], 0.0)
 
 

@@ -67,13 +67,14 @@ class CorrelatedNoise(AbstractGaussianNoise):
         if isinstance(correlation, PropagatedCorrelation) and correlation.shape != weights.shape[1:]:
             raise ValueError(f"The correlation is that of {correlation.shape} pixels, the weights {weights.shape[1:]}.")
         self.weights, self.correlation = weights, correlation
-        orders = correlation.orders()
+        average = correlation.average()
+        orders = correlation.orders(average)
         # One order for all channels: that of the channel which needs most.
         order = Order(
             *(pick(values) for pick, values in zip((min, max, max, max, max), zip(*orders, strict=True), strict=True))
         )
         self.whitening = whitening(correlation.bands, self.valid, order)
-        self.amplification = np.array([_amplification(each) for each in correlation.average()])
+        self.amplification = np.array([_amplification(each) for each in average])
 
     @classmethod
     def from_power_spectrum(cls, power, *, weights=None, shape: tuple[int, int] | None = None) -> CorrelatedNoise:

@@ -38,8 +38,8 @@ class AbstractCorrelation(eqx.Module):
         """Return the correlation with pixels (dy, dx) away, on the average, shape (channel, 2 R + 1, 2 R + 1)."""
 
     @abstractmethod
-    def orders(self) -> list[Order]:
-        """Return for each channel how it is best whitened: see `arrays.vecchia`."""
+    def orders(self, average: np.ndarray) -> list[Order]:
+        """Return for each channel, given its `average`, how it is best whitened: see `arrays.vecchia`."""
 
     @abstractmethod
     def bands(self, step: int) -> list[np.ndarray]:
@@ -104,8 +104,8 @@ class StationaryCorrelation(AbstractCorrelation):
         margins = [(reach - n // 2, reach - n // 2) for n in self.function.shape[1:]]
         return np.pad(self.function, [(0, 0), *margins])
 
-    def orders(self):  # noqa: D102
-        return [choose_order(each, SUPPORT) for each in self.average()]
+    def orders(self, average):  # noqa: D102
+        return [choose_order(each, SUPPORT) for each in average]
 
     def bands(self, step):  # noqa: D102
         reach = [n // 2 // step * step for n in self.function.shape[1:]]
@@ -173,8 +173,8 @@ class PropagatedCorrelation(AbstractCorrelation):
         reach = max(len(each) // 2 for each in result)
         return np.stack([np.pad(each, reach - len(each) // 2) for each in result])
 
-    def orders(self):  # noqa: D102
-        return [choose_order(each, SUPPORT_OF_SUMS, self.step) for each in self.average()]
+    def orders(self, average):  # noqa: D102
+        return [choose_order(each, SUPPORT_OF_SUMS, self.step) for each in average]
 
     def bands(self, step):  # noqa: D102
         numbers = np.arange(self.shape[0] * self.shape[1]).reshape(self.shape)[::step, ::step]
