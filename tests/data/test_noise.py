@@ -112,6 +112,9 @@ def poisson_example():
 FLOOR = np.array([0.5, 2.0])
 EXAMPLES = {
     "white": gaussian_example(WhiteNoise, lambda sigma: sigma),
+    "white, of a scale": gaussian_example(
+        lambda weights: WhiteNoise(weights, FLOOR), lambda sigma: sigma * FLOOR[:, None, None]
+    ),
     "student": student_example(),
     "floor": gaussian_example(
         lambda weights: FloorNoise(weights, FLOOR), lambda sigma: np.hypot(sigma, FLOOR[:, None, None])
@@ -221,10 +224,10 @@ def test_level_of_a_channel_without_information_is_one(example):
 
 
 def test_parameters_have_a_constraint_and_a_value_per_channel(example):
-    for name, constraint in example.noise.constraints.items():
+    for name, kind in example.noise.parameters.items():
         value = getattr(example.noise, name)
         assert value.shape == SHAPE[:1]
-        assert np.all(constraint(value))
+        assert np.all(kind.constraint(value))
 
 
 def test_whitening_divides_by_sigma(example, eps):
@@ -355,10 +358,10 @@ def test_data_that_equal_the_model_have_no_gradient(example):
 def test_derivatives_along_parameters_are_finite(example):
     """Where pixels carry no information, too."""
     noise = jax.tree.map(to_jax, example.noise)
-    if not noise.constraints:
+    if not noise.parameters:
         assert float(jnp.sum(noise.log_spread())) == 0
         return
-    for name in noise.constraints:
+    for name in noise.parameters:
         residuals = jax.jit(jax.jacfwd(lambda n: n.deviance_residual(to_jax(example.residual))))(noise)
         assert np.isfinite(getattr(residuals, name)).all()
         slope = jax.jit(jax.grad(lambda n: loss(n, to_jax(example.residual)) + jnp.sum(n.log_spread())))(noise)

@@ -87,3 +87,26 @@ def test_free_images_converge():
     modes = noise.num_modes()[0]
     chi_square = result.observations[0].chi_square(result.scene)[0]
     assert -12 * np.sqrt(2 * modes) < chi_square - modes < 6 * np.sqrt(2 * modes)
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_a_scale_of_the_noise_is_fitted(correlated):
+    """The most likely one is the root of chi-square per pixel; its error is 1 / sqrt(2 n) of it."""
+    size = 44
+    weights = np.ones((1, size, size))
+    noise = sf.CorrelatedNoise(weights, CORRELATION) if correlated else sf.WhiteNoise(weights)
+    blank = observation(np.zeros((1, size, size)), noise)
+    frame = sf.Frame.from_observations([blank])
+    data = blank.match(frame).render(scene(frame)) + 1.6 * np.asarray(noise.sample(jax.random.key(3)), float)
+    obs = observation(data, noise)
+    parameters = sf.Parameters.default(scene(frame), [obs]).free("observations.camera.noise.scale")
+    result = sf.fit(scene(frame), obs, parameters, progress=False)
+    assert result.is_converged
+    (fitted,) = result.observations
+    expected = np.sqrt(obs.match(frame).chi_square(result.scene)[0] / noise.num_modes()[0])
+    # The fit stops within 0.02 standard errors, of 1.6 per cent.
+    assert fitted.noise.scale[0] == pytest.approx(expected, rel=1e-3)
+    assert fitted.chi_square(result.scene)[0] == pytest.approx(noise.num_modes()[0], rel=2e-3)
+    error = sf.parameter_errors(result)["observations.camera.noise.scale"]
+    np.testing.assert_allclose(error, expected / np.sqrt(2 * noise.num_modes()), rtol=0.02)
+    assert result.loss == pytest.approx(noise.log_normalization() - fitted.log_likelihood(result.scene), rel=1e-5)

@@ -14,6 +14,7 @@ from tests.blends import FINE_SCALE, FINE_SHAPE
 from tests.helpers import make_observation, tangent_wcs
 
 SCALE, BLUR = "observations.{}.calibration.flux_scale", "observations.{}.calibration.psf_variance"
+NOISE = "observations.{}.noise.scale"
 SHIFT, BACKGROUND = "observations.{}.astrometry.shift", "observations.{}.background"
 ROTATION = "observations.{}.astrometry.rotation"
 SLOPE = BACKGROUND + "_slope"
@@ -86,10 +87,14 @@ def test_default_choice(parameters):
         SCALE.format("HSC"): (2,),
         BLUR.format("HST"): (1,),
         BLUR.format("HSC"): (2,),
+        NOISE.format("HST"): (1,),
+        NOISE.format("HSC"): (2,),
     }
     fixed = {"sources.clumpy.center", "sources.free.center"}
     fixed |= {
-        path.format(name) for path in (SHIFT, ROTATION, BACKGROUND, SLOPE, SCALE, BLUR) for name in ("HST", "HSC")
+        path.format(name)
+        for path in (SHIFT, ROTATION, BACKGROUND, SLOPE, SCALE, BLUR, NOISE)
+        for name in ("HST", "HSC")
     }
     assert free_paths(parameters) == shapes.keys() - fixed
     assert parameters["sources.galaxy.spectrum.flux"].constraint is constraints.nonnegative
@@ -115,9 +120,9 @@ def test_pixels_are_drawn_to_their_envelope(parameters, scene):
         ("sources.galaxy", 4),
         ("sources.*.morphology", 6),
         ("sources.pair.parts.*.spectrum.flux", 2),
-        ("observations.HSC", 6),
+        ("observations.HSC", 7),
         ("observations.*.astrometry.shift", 2),
-        ("*", 28),
+        ("*", 30),
     ],
 )
 def test_patterns(parameters, pattern, count):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_floats
+from scenefit.data.nuisances import Nuisance
 
 
 class AbstractNoise(eqx.Module):
@@ -20,15 +20,15 @@ class AbstractNoise(eqx.Module):
 
     Class attributes
     ----------------
-    constraints : dict
-        numpyro constraint of every parameter of the noise itself, by field name; shape (channel,), in flux per pixel.
+    parameters : dict
+        Parameters of the noise itself, by field name; shape (channel,).
     is_gaussian : bool
         Whether all its residuals are the whitened one.
     host_only : tuple of str
         Fields that only the host needs.
     """
 
-    constraints: ClassVar[dict[str, constraints.Constraint]]
+    parameters: ClassVar[dict[str, Nuisance]]
     is_gaussian: ClassVar[bool]
     host_only: ClassVar[tuple[str, ...]]
 

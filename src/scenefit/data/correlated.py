@@ -13,13 +13,16 @@ from scenefit.arrays.vecchia import AbstractWhitening, Order, whitening
 from scenefit.data.abstractnoise import AbstractGaussianNoise
 from scenefit.data.blanksky import measure_blank_sky
 from scenefit.data.correlation import AbstractCorrelation, PropagatedCorrelation, StationaryCorrelation
+from scenefit.data.nuisances import SCALE
 from scenefit.data.weights import (
+    as_positive,
     as_weights,
     gaussian_log_normalization,
     level_of,
     restricted_weights,
     scaled_weights,
     sigma_of,
+    spread_of_scale,
 )
 
 LARGEST_LAG = 64
@@ -43,23 +46,28 @@ class CorrelatedNoise(AbstractGaussianNoise):
         Inverse variances; 0 means no information.
     correlation : AbstractCorrelation or array, shape (2 R + 1, 2 R + 1) or (channel, 2 R + 1, 2 R + 1)
         See `StationaryCorrelation` for arrays.
+    scale : float or array, shape (channel,)
+        By what the standard deviations that follow from the weights are multiplied; can be fitted.
 
     Raises
     ------
     ValueError
-        If a weight is negative, NaN or infinite, or the correlation isn't one, or is that of other pixels or another number of
-        channels.
+        If a weight is negative, NaN or infinite, a scale isn't finite and positive, or the correlation isn't one, or is that of
+        other pixels or another number of channels.
     """
 
     weights: np.ndarray | Array
     correlation: AbstractCorrelation | None
+    scale: np.ndarray | Array
     whitening: AbstractWhitening
+    kept: np.ndarray | Array
     amplification: np.ndarray | Array
-    constraints: ClassVar = {}
+    parameters: ClassVar = {"scale": SCALE}
     host_only: ClassVar = ("correlation",)
 
-    def __init__(self, weights, correlation):
+    def __init__(self, weights, correlation, scale=1.0):
         weights = as_weights(weights)
+        self.scale = as_positive(scale, len(weights), "CorrelatedNoise wants a positive scale")
         if not isinstance(correlation, AbstractCorrelation):
             correlation = StationaryCorrelation(correlation)
         if correlation.num_channels not in (1, len(weights)):
@@ -74,6 +82,7 @@ class CorrelatedNoise(AbstractGaussianNoise):
             *(pick(values) for pick, values in zip((min, max, max, max, max), zip(*orders, strict=True), strict=True))
         )
         self.whitening = whitening(correlation.bands, self.valid, order)
+        self.kept = np.broadcast_to(self.whitening.diagonal() > 0, weights.shape).astype(float)
         self.amplification = np.array([_amplification(each) for each in average])
 
     @classmethod
@@ -160,10 +169,10 @@ class CorrelatedNoise(AbstractGaussianNoise):
         return np.asarray(self.weights) > 0
 
     def level(self) -> np.ndarray:  # noqa: D102
-        return level_of(self.weights)
+        return level_of(np.asarray(self.weights, float) / np.asarray(self.scale, float)[:, None, None] ** 2)
 
     def whiten(self, residual):  # noqa: D102
-        return self.whitening(jnp.sqrt(jnp.asarray(self.weights)) * residual)
+        return self.whitening(jnp.sqrt(jnp.asarray(self.weights)) * residual) / self.scale[:, None, None]
 
     @property
     def stiffness(self):  # noqa: D102
@@ -172,14 +181,16 @@ class CorrelatedNoise(AbstractGaussianNoise):
     def log_normalization(self) -> float:  # noqa: D102
         diagonal = np.broadcast_to(self.whitening.diagonal(), self.weights.shape)
         # Of pixels that are left out, nothing counts.
-        return gaussian_log_normalization(np.asarray(self.weights, dtype=float) * diagonal**2)
+        scale = np.asarray(self.scale, dtype=float)[:, None, None]
+        return gaussian_log_normalization(np.asarray(self.weights, dtype=float) * (diagonal / scale) ** 2)
 
     def log_spread(self):  # noqa: D102
-        return jnp.zeros(())
+        return spread_of_scale(self.kept, self.scale)
 
     def sample(self, key):  # noqa: D102
         channels, height, width = self.weights.shape
-        return sigma_of(self.weights) * self._known_correlation().sample(key, (channels, height, width))
+        sigma = sigma_of(self.weights) * self.scale[:, None, None]
+        return sigma * self._known_correlation().sample(key, (channels, height, width))
 
     def scaled(self, unit):  # noqa: D102
         return eqx.tree_at(lambda noise: noise.weights, self, scaled_weights(self.weights, unit))
@@ -188,7 +199,7 @@ class CorrelatedNoise(AbstractGaussianNoise):
         weights = restricted_weights(self.weights, keep, window)
         if weights.shape == self.weights.shape and ((weights > 0) == self.valid).all():
             return self
-        return CorrelatedNoise(weights, self._known_correlation().window(window))
+        return CorrelatedNoise(weights, self._known_correlation().window(window), self.scale)
 
     def _known_correlation(self) -> AbstractCorrelation:
         """Return the correlation, of noise on the host."""
@@ -204,7 +215,7 @@ class CorrelatedNoise(AbstractGaussianNoise):
 
     @property
     def modes(self) -> np.ndarray:  # noqa: D102
-        return np.broadcast_to(self.whitening.diagonal() > 0, self.weights.shape)
+        return np.asarray(self.kept) > 0
 
 
 def _checked_range(function: np.ndarray, shape) -> np.ndarray:

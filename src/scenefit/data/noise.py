@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro.distributions import constraints
 
 from scenefit.data.abstractnoise import AbstractGaussianNoise, AbstractNoise
+from scenefit.data.nuisances import SCALE, Nuisance
 from scenefit.data.weights import (
     as_positive,
     as_weights,
@@ -22,6 +23,7 @@ from scenefit.data.weights import (
     restricted_weights,
     scaled_weights,
     sigma_of,
+    spread_of_scale,
 )
 
 
@@ -32,19 +34,23 @@ class WhiteNoise(AbstractGaussianNoise):
     ----------
     weights : array, shape (channel, y, x)
         Inverse variances; 0 means no information.
+    scale : float or array, shape (channel,)
+        By what the standard deviations that follow from the weights are multiplied; can be fitted.
 
     Raises
     ------
     ValueError
-        If a weight is negative, NaN or infinite.
+        If a weight is negative, NaN or infinite, or a scale isn't finite and positive.
     """
 
     weights: np.ndarray | Array
+    scale: np.ndarray | Array
     host_only: ClassVar = ()
-    constraints: ClassVar = {}
+    parameters: ClassVar = {"scale": SCALE}
 
-    def __init__(self, weights):
+    def __init__(self, weights, scale=1.0):
         self.weights = as_weights(weights)
+        self.scale = as_positive(scale, len(self.weights), "WhiteNoise wants a positive scale")
 
     @property
     def valid(self) -> np.ndarray:  # noqa: D102
@@ -59,30 +65,35 @@ class WhiteNoise(AbstractGaussianNoise):
         return 0
 
     def level(self) -> np.ndarray:  # noqa: D102
-        return level_of(self.weights)
+        return level_of(np.asarray(self.weights, float) / np.asarray(self.scale, float)[:, None, None] ** 2)
 
     def whiten(self, residual):  # noqa: D102
-        return jnp.sqrt(self.weights) * residual
+        # A root of zero has no derivative along the scale.
+        has_weight = self.weights > 0
+        root = jnp.where(has_weight, jnp.sqrt(jnp.where(has_weight, self.weights, 1.0)), 0.0)
+        return root / self.scale[:, None, None] * residual
 
     @property
     def stiffness(self) -> float:  # noqa: D102
         return 1.0
 
     def log_normalization(self) -> float:  # noqa: D102
-        return gaussian_log_normalization(self.weights)
+        return gaussian_log_normalization(
+            np.asarray(self.weights, float) / np.asarray(self.scale, float)[:, None, None] ** 2
+        )
 
     def log_spread(self):  # noqa: D102
-        return jnp.zeros(())
+        return spread_of_scale(self.weights, self.scale)
 
     def sample(self, key):  # noqa: D102
-        sigma = sigma_of(self.weights)
+        sigma = sigma_of(self.weights) * self.scale[:, None, None]
         return sigma * jax.random.normal(key, sigma.shape, sigma.dtype)
 
     def scaled(self, unit):  # noqa: D102
-        return WhiteNoise(scaled_weights(self.weights, unit))
+        return WhiteNoise(scaled_weights(self.weights, unit), self.scale)
 
     def restricted(self, keep, window):  # noqa: D102
-        return WhiteNoise(restricted_weights(self.weights, keep, window))
+        return WhiteNoise(restricted_weights(self.weights, keep, window), self.scale)
 
 
 class StudentTNoise(AbstractNoise):
@@ -106,7 +117,7 @@ class StudentTNoise(AbstractNoise):
     weights: np.ndarray | Array
     degrees_of_freedom: float = eqx.field(static=True)
     host_only: ClassVar = ()
-    constraints: ClassVar = {}
+    parameters: ClassVar = {}
     is_gaussian: ClassVar = False
 
     def __init__(self, weights, degrees_of_freedom: float = 5.0):
@@ -193,7 +204,7 @@ class FloorNoise(AbstractGaussianNoise):
     weights: np.ndarray | Array
     floor: np.ndarray | Array
     host_only: ClassVar = ()
-    constraints: ClassVar = {"floor": constraints.positive}
+    parameters: ClassVar = {"floor": Nuisance(constraints.positive, "flux/pixel", True, True)}
 
     def __init__(self, weights, floor):
         self.weights = as_weights(weights)
@@ -266,7 +277,7 @@ class PoissonNoise(AbstractNoise):
     counts: np.ndarray | Array
     gain: np.ndarray | Array
     host_only: ClassVar = ()
-    constraints: ClassVar = {}
+    parameters: ClassVar = {}
     is_gaussian: ClassVar = False
 
     def __init__(self, counts, gain: Any = 1.0):

@@ -76,11 +76,12 @@ class Calibration(eqx.Module):
 
 
 class Nuisance(NamedTuple):
-    """A parameter of how an observation sees the scene: its range, its unit, and whether it is in units of the data."""
+    """A parameter of an observation: its range, its unit, whether it is in units of the data, and free by default."""
 
     constraint: constraints.Constraint
     unit: str = ""
     scales_with_data: bool = False
+    is_free: bool = False
 
 
 NUISANCES = {
@@ -92,3 +93,6 @@ NUISANCES = {
     "background_slope": Nuisance(constraints.real, "flux/pixel", True),
 }
 """By path below the observation, which is also where they are kept."""
+
+SCALE = Nuisance(constraints.positive)
+"""By what the standard deviations of Gaussian noise are multiplied."""

@@ -68,7 +68,7 @@ class CorrelatedObservation:
                     f"correlated noise is made from weights of independent pixels; got {type(obs.noise).__name__}. Give an "
                     "observation with weights=."
                 )
-            weights = np.asarray(obs.noise.weights, dtype=float)
+            weights = np.asarray(obs.noise.weights, dtype=float) / np.asarray(obs.noise.scale)[:, None, None] ** 2
             if resample_to is None:
                 residual = obs.data - obs.background_image()
                 noise = CorrelatedNoise.measured(residual, weights, mask=mask, max_lag=max_lag, varying=varying)

@@ -65,3 +65,8 @@ def _check_weights(weights: np.ndarray):
                 f"at (channel, y, x) = {tuple(int(i) for i in where)}. Use weight 0 or mask= for pixels without "
                 "information."
             )
+
+
+def spread_of_scale(informative, scale) -> Array:
+    """Return by how much a factor of all standard deviations adds to the loss of each pixel where `informative` isn't 0."""
+    return jnp.where(jnp.asarray(informative) > 0, jnp.log(jnp.asarray(scale))[:, None, None], 0.0)

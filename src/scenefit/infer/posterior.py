@@ -114,11 +114,14 @@ def _unpack_image(obs, image, level, renderer) -> Observation:
     fitted = {path: getattr(image, path.rpartition(".")[2]) for path in NUISANCES}
     units = {path: _data_unit(path, value, level) for path, value in obs.nuisances().items()}
     obs = obs.with_nuisances({p: np.asarray(v, float) * units[p] for p, v in fitted.items() if v is not None})
-    names = list(obs.noise.constraints)
-    if not names:
+    kinds = obs.noise.parameters
+    if not kinds:
         return obs
-    values = [np.asarray(getattr(image.noise, name), float) * level for name in names]
-    return obs.with_noise(eqx.tree_at(lambda noise: [getattr(noise, name) for name in names], obs.noise, values))
+    values = [
+        np.asarray(getattr(image.noise, name), float) * (level if kind.scales_with_data else 1.0)
+        for name, kind in kinds.items()
+    ]
+    return obs.with_noise(eqx.tree_at(lambda noise: [getattr(noise, name) for name in kinds], obs.noise, values))
 
 
 def _warn_at_limit(name: str, rotation: float, renderer: Renderer):
@@ -155,7 +158,7 @@ def with_parameters(
         base = f"observations.{obs.name}."
         new = {path.removeprefix(base): np.asarray(v, float) for path, v in values.items() if path.startswith(base)}
         obs = obs.with_nuisances({path: value for path, value in new.items() if path in NUISANCES})
-        for name in obs.noise.constraints:
+        for name in obs.noise.parameters:
             if f"noise.{name}" in new:
                 noise = eqx.tree_at(lambda n, name=name: getattr(n, name), obs.noise, new[f"noise.{name}"])
                 obs = obs.with_noise(noise)
@@ -382,8 +385,9 @@ def _element_table(stacks, members, observations, levels, parameters) -> _Elemen
 
         for path, value in obs.nuisances().items():
             add(path.rpartition(".")[2], path, value, unit=_data_unit(path, value, level))
-        for name in obs.noise.constraints:
-            add(f"noise.{name}", f"noise.{name}", np.asarray(getattr(obs.noise, name), float), linear=False, unit=level)
+        for name, kind in obs.noise.parameters.items():
+            value, unit = np.asarray(getattr(obs.noise, name), float), level if kind.scales_with_data else 1.0
+            add(f"noise.{name}", f"noise.{name}", value, linear=False, unit=unit)
     table.tie(parameters)
     return table
 

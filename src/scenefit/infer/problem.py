@@ -264,9 +264,9 @@ class Problem(eqx.Module):
 
     def spreads(self, state: State) -> list[Float[Array, "_ _ _"]]:
         """Return what the parameters of the noise add to the loss of every pixel, for observations whose noise has any."""
-        if not any(leaf.name.startswith("noise.") for leaf in self.leaves):
-            return []
-        return [image.noise.log_spread() for image in self.fill(state)[1] if image.noise.constraints]
+        images = {leaf.number for leaf in self.leaves if leaf.name.startswith("noise.")}
+        filled = self.fill(state)[1] if images else []
+        return [filled[number].noise.log_spread() for number in sorted(images)]
 
     def loss(self, state: State) -> Float[Array, ""]:
         """Return minus the log-density of the data and the parameters, up to a constant."""

@@ -336,8 +336,8 @@ def _observation_parameters(obs) -> list[Parameter]:
         for (path, value), kind in zip(obs.nuisances().items(), NUISANCES.values(), strict=True)
     ]
     return fixed + [
-        Parameter(f"{base}.noise.{name}", obs.background.shape, True, constraint, unit="flux/pixel")
-        for name, constraint in obs.noise.constraints.items()
+        Parameter(f"{base}.noise.{name}", obs.background.shape, kind.is_free, kind.constraint, unit=kind.unit)
+        for name, kind in obs.noise.parameters.items()
     ]
 
 

@@ -19,6 +19,8 @@ from scenefit.sky.frame import pixel_map, pixel_scale_of
 
 ELLIPTICITY_SCATTER = 0.5
 """Standard deviation of each component of the ellipticity: all axis ratios above 0.2 are within two."""
+SCALE_WIDTH = 0.5
+"""Width of the prior of a noise's scale."""
 FLUX_ERRORS = 5.0
 """The prior of a flux is at least so many of its standard errors wide."""
 SKY_ERRORS = 2.0
@@ -168,7 +170,7 @@ def _starts(scene, observations) -> dict[str, np.ndarray]:
     for obs in observations:
         base = f"observations.{obs.name}"
         values |= {f"{base}.{path}": value for path, value in obs.nuisances().items()}
-        for name in obs.noise.constraints:
+        for name in obs.noise.parameters:
             values[f"{base}.noise.{name}"] = getattr(obs.noise, name)
     return {path: np.asarray(value, dtype=float) for path, value in values.items()}
 
@@ -285,8 +287,8 @@ def _guesses(scene: Scene, observations: Sequence[Observation], parameters: Para
         guesses[rotation] = starts[rotation], np.rad2deg(2 / max(obs.shape[1:]))
         guesses[f"{base}.background"] = sky.level, SKY_ERRORS * sky.error
         guesses[f"{base}.background_slope"] = sky.slope, SKY_ERRORS * sky.slope_error
-        for name in obs.noise.constraints:
-            guesses[f"{base}.noise.{name}"] = 0.0, sky.scatter
+        for name, kind in obs.noise.parameters.items():
+            guesses[f"{base}.noise.{name}"] = (0.0, sky.scatter) if kind.scales_with_data else (1.0, SCALE_WIDTH)
     return guesses
 
 
