@@ -9,7 +9,11 @@ displaced by an unknown offset. All positions, shapes, fluxes and the offset are
 from the truth over the stated error. Biases of magnitudes are in units of the scatter, over all sources.
 
 Then the ground image of some fields is resampled to pixels as small as those of the space image, turned by 23 degrees, and
-fitted in place of the native one: differences of fluxes, and what they should scatter by, given both errors.
+fitted in place of the native one: differences of fluxes, and what they should scatter by. Both estimates are, to first order,
+linear in the noise, and in the same noise: that of the native pixels, which the resampling A turns into that of the others. With
+the derivatives J of the model, the inverse covariances P that the fits assume and the information H = sum of J^T P J over both
+images, an estimate changes by H^-1 J^T P n, so that the difference has a covariance that is known exactly. (The root of the
+difference of the two squared errors is the same in theory; but both are small, and of two fits at two places.)
 """
 
 from __future__ import annotations
@@ -20,12 +24,16 @@ import time
 import warnings
 
 import galsim
+import jax
+import jax.numpy as jnp
 import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 import scenefit as sf
+from scenefit.data.resample import Resampling
+from scenefit.infer import posterior
 
 Array = NDArray[np.float64]
 KERNEL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
@@ -36,6 +44,7 @@ PSFS = {"space": galsim.Gaussian(fwhm=0.1), "ground": galsim.Moffat(beta=3.5, fw
 SIGMAS = {"space": np.array([1.0]), "ground": np.array([1.0, 1.0])}
 CHANNELS = {"space": ["F814W"], "ground": ["g", "i"]}
 ALL = ("F814W", "g", "i")
+ORDER = 5
 
 
 def header(scale: float, size: int, rotation: float = 0.0) -> WCS:
@@ -130,21 +139,25 @@ def start(sources: list[dict], frame: sf.Frame, rng: np.random.Generator) -> sf.
     return sf.Scene(frame, result)
 
 
-def fitted(scene: sf.Scene, observations: list[sf.Observation], offset_prior=True) -> tuple[Array, Array, Array, Array]:
-    """Return fluxes and errors (source, channel), and offset and its errors (arcsec)."""
+def fit_of(scene: sf.Scene, observations: list[sf.Observation], free_offset: bool) -> sf.FitResult:
+    """Return the fit, with the offset of the ground image if asked for."""
     parameters = sf.Parameters.default(scene, observations)
-    if offset_prior:
+    if free_offset:
         parameters = parameters.free("observations.ground.astrometry.shift")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = sf.fit(scene, observations, parameters, progress=False)
+        return sf.fit(scene, observations, parameters, progress=False)
+
+
+def fluxes_in(result: sf.FitResult) -> tuple[Array, Array]:
+    """Return fluxes and errors (source, channel)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         table = sf.catalog(result, progress=False)
     fluxes, errors = (
         np.stack([table[f"{what}_{channel}"] for channel in ALL], axis=-1) for what in ("flux", "flux_err")
     )
-    shift = np.asarray(result.observations[1].astrometry.shift)
-    shift_errors = sf.offset_errors(result, progress=False)["ground"] if offset_prior else np.full(2, np.nan)
-    return np.asarray(fluxes), np.asarray(errors), shift, np.asarray(shift_errors)
+    return np.asarray(fluxes), np.asarray(errors)
 
 
 def pulls(count: int) -> dict:
@@ -158,9 +171,10 @@ def pulls(count: int) -> dict:
             observations = [observe(image, name, kind == "correlated") for name, image in images.items()]
             frame = sf.Frame.from_observations(observations, coverage="union")
             begin = time.perf_counter()
-            fluxes, errors, shift, shift_errors = fitted(
-                start(sources, frame, np.random.default_rng(seed)), observations
-            )
+            result = fit_of(start(sources, frame, np.random.default_rng(seed)), observations, True)
+            fluxes, errors = fluxes_in(result)
+            shift = np.asarray(result.observations[1].astrometry.shift)
+            shift_errors = np.asarray(sf.offset_errors(result, progress=False)["ground"])
             into["seconds"].append(time.perf_counter() - begin)
             true = np.array([source["flux"] for source in sources])
             into["flux"].append((fluxes - true) / errors)
@@ -184,6 +198,50 @@ def pulls(count: int) -> dict:
     return summary
 
 
+@jax.jit
+def derivatives(problem, state):
+    """Return the whitened derivatives of both images along all coordinates, and those of the second whitened backwards, too."""
+    _, along = jax.linearize(lambda vector: problem.residuals(posterior.State(vector, state.images))[0], state.vector)
+    first, second = jax.lax.map(along, jnp.eye(len(state.vector)))
+    _, back = jax.vjp(problem.images[1].noise.fisher_residual, problem.images[1].data)
+    return first, second, jax.lax.map(lambda image: back(image)[0], second)
+
+
+def estimator(scene: sf.Scene, observations: list[sf.Observation], parameters: sf.Parameters):
+    """Return how an estimate depends on the noise: H^-1, J^T P J of the first image and J^T P of the second, by coordinate.
+
+    Coordinates of fluxes are in data units, those of the rest in the problem's own. Also which are the fluxes (source, channel).
+    """
+    matched = [obs if obs.renderer is not None else obs.match(scene.frame) for obs in observations]
+    problem, state, layout = posterior.build(scene, matched, parameters)
+    first, second, back = (np.asarray(each, float) for each in derivatives(problem, state))
+    scale, places = np.ones(len(first)), []
+    for where, unit in posterior.flux_coordinates(problem, layout):
+        scale[where] = 1 / unit
+        places.append(where)
+    first, second = (scale[:, None] * each.reshape(len(scale), -1) for each in (first, second))
+    score = np.zeros((len(scale), *matched[1].shape))
+    score[(..., *matched[1].renderer.window.slices)] = back / layout.noise_level[1][:, None, None]
+    score *= scale[:, None, None, None]
+    information = first @ first.T
+    return np.linalg.inv(information + second @ second.T), information, score, np.array(places)
+
+
+def expected_scatter(scene: sf.Scene, space, ground, other, parameters: sf.Parameters, target: WCS) -> Array:
+    """Return the standard deviations of the differences of fluxes (source, channel) of fits to native and resampled images."""
+    native, information, score, places = estimator(scene, [space, ground], parameters)
+    coarse, _, other_score, _ = estimator(scene, [space, other], parameters)
+    resampling = Resampling.between(ground.wcs, ground.shape[1:], target, other.shape[1:], ORDER)
+    maps = [resampling.matrix(rows) for rows in resampling.rows(ground.noise.valid)]
+    flat = other_score.reshape(len(coarse), len(maps), -1)
+    planes = [(matrix.T @ flat[:, c].T).T for c, matrix in enumerate(maps)]
+    pulled = np.stack(planes, axis=1).reshape(len(coarse), -1)
+    change = coarse @ pulled - native @ score.reshape(len(native), -1)
+    # The weights of the native pixels are 1.
+    covariance = change @ change.T + (coarse - native) @ information @ (coarse - native)
+    return np.sqrt(np.diag(covariance))[places]
+
+
 def resampled(count: int) -> dict:
     """Return the differences of fluxes of fits to resampled ground images from those to native ones."""
     differences, expected = [], []
@@ -193,18 +251,21 @@ def resampled(count: int) -> dict:
         ground = observe(draw(sources, "ground", np.zeros(2), rng), "ground", False)
         space = observe(draw(sources, "space", np.zeros(2), rng), "space", True)
         target = header(SPACE, 170, 23.0)
-        other = sf.CorrelatedObservation.from_observation(ground, target, order=5)
+        other = sf.CorrelatedObservation.from_observation(ground, target, order=ORDER)
         frame = sf.Frame.from_observations([space, ground], coverage="union")
         scene = start(sources, frame, rng)
-        both = [fitted(scene, [space, each], offset_prior=False)[:2] for each in (ground, other)]
-        differences.append((both[1][0] - both[0][0])[:, 1:])
-        # Of two estimates of which one uses a part of the data of the other.
-        expected.append(np.sqrt(np.maximum(both[1][1] ** 2 - both[0][1] ** 2, 0))[:, 1:])
+        both = [fit_of(scene, [space, each], False) for each in (ground, other)]
+        fluxes = [fluxes_in(result)[0] for result in both]
+        differences.append((fluxes[1] - fluxes[0])[:, 1:])
+        expected.append(expected_scatter(both[0].scene, space, ground, other, both[0].parameters, target)[:, 1:])
     values, scatter = np.array(differences).ravel(), np.array(expected).ravel()
     return {
         "mean_difference_per_standard_error": float(values.mean() / (values.std() / np.sqrt(len(values)))),
         "scatter": float(values.std()),
         "expected_scatter": float(np.sqrt((scatter**2).mean())),
+        "pull_width": float((values / scatter).std()),
+        "pull_mean": float((values / scatter).mean()),
+        "largest_pull": float(np.abs(values / scatter).max()),
     }
 
 
@@ -231,7 +292,8 @@ def main():
     values = figures["resampled"]
     print(
         f"resampled - native fluxes: mean {values['mean_difference_per_standard_error']:+.2f} standard errors, scatter "
-        f"{values['scatter']:.2f}, expected {values['expected_scatter']:.2f}"
+        f"{values['scatter']:.2f}, expected {values['expected_scatter']:.2f}; pulls {values['pull_width']:.2f} wide, mean "
+        f"{values['pull_mean']:+.2f}, largest {values['largest_pull']:.1f}"
     )
     if arguments.json:
         print(json.dumps(figures))

@@ -13,7 +13,7 @@ ROOT = Path(scenefit.__file__).parent
 
 # Folders from left to right, and the modules of each in the order in which they may import one another.
 ORDER = {
-    "arrays": ["box", "compilation", "linear", "vecchia", "fourier", "stamps", "starlet", "profiles"],
+    "arrays": ["box", "compilation", "progress", "linear", "vecchia", "fourier", "stamps", "starlet", "profiles"],
     "sky": ["units", "psf", "resampledpsf", "mixture", "frame"],
     "data": [
         "weights",
@@ -31,7 +31,6 @@ ORDER = {
     ],
     "model": ["parameters", "link", "spectrum", "morphology", "starlet", "source", "packing", "scene"],
     "infer": [
-        "progress",
         "problem",
         "posterior",
         "inverse",
@@ -54,7 +53,18 @@ ORDER = {
         "guides",
         "sample",
     ],
-    "survey": ["measure", "ellipses", "parts", "profile", "average", "priors", "catalog", "initialize"],
+    "survey": [
+        "measure",
+        "sensitivity",
+        "ellipses",
+        "parts",
+        "profile",
+        "average",
+        "priors",
+        "catalog",
+        "initialize",
+        "validate",
+    ],
     "app": [
         "fitsfile",
         "color",

@@ -10,7 +10,7 @@ from scenefit.data.observation import Observation
 from scenefit.data.resampled import CorrelatedObservation
 from scenefit.infer.batch import fit_many
 from scenefit.infer.diagnostics import PosteriorStatus
-from scenefit.infer.errors import parameter_errors
+from scenefit.infer.errors import ParameterCovariance, parameter_covariance, parameter_errors
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.infer.rings import ring_prior
 from scenefit.infer.sample import Posterior, sample
@@ -34,7 +34,7 @@ from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import GaussianPSF, ImagePSF
 from scenefit.survey import priors
 from scenefit.survey.average import average_profiles, evidence_weights
-from scenefit.survey.catalog import catalog, offset_errors
+from scenefit.survey.catalog import catalog, nuisance_errors, offset_errors
 from scenefit.survey.initialize import initialize
 from scenefit.survey.profile import Profile, profile
 
@@ -56,6 +56,7 @@ __all__ = [
     "ImagePSF",
     "MultiGaussianMorphology",
     "Observation",
+    "ParameterCovariance",
     "Parameters",
     "PixelMorphology",
     "PointMorphology",
@@ -81,7 +82,9 @@ __all__ = [
     "initialize",
     "link",
     "load",
+    "nuisance_errors",
     "offset_errors",
+    "parameter_covariance",
     "parameter_errors",
     "plot",
     "priors",

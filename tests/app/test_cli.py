@@ -34,7 +34,10 @@ CHANNELS = {"HST": ("F814W",), "HSC": ("g", "i")}
 SIGMA = {"HST": 0.02, "HSC": 0.1}
 """Noise of a pixel, in data units."""
 PSF_SIGMA = {"HST": 1.2, "HSC": 1.5}
-GAUSSIANS = ("--model", "gaussian", "--free-shift", "HST", "--free-background", "HSC", "--coverage", "intersection")
+GAUSSIANS = (
+    *("--model", "gaussian", "--coverage", "intersection"),
+    *("--free-shift", "HST", "--free-rotation", "HST", "--free-background", "HSC"),
+)
 """Options of the second kind of problem."""
 SOURCES = (
     # East and north in arcsec, Gaussian sigma in arcsec, flux in nJy in F814W, g and i.
@@ -195,8 +198,11 @@ class TestFilesOfAFit:
         assert summary["peak_memory_mb"] > 50
         assert set(summary["observations"]) == {"HST", "HSC"}
         for name, values in summary["observations"].items():
-            assert set(values) == {"chi_square_per_pixel", "offset_arcsec", "offset_error_arcsec"}
+            offset = {"offset_arcsec", "offset_error_arcsec"}
+            assert set(values) == {"noise", "num_modes", "chi_square_per_pixel", *offset}
             assert set(values["chi_square_per_pixel"]) == set(CHANNELS[name])
+            assert values["noise"] == "WhiteNoise"
+            assert values["num_modes"] == {label: 1600 if name == "HST" else 196 for label in CHANNELS[name]}
         # 1600 pixels of which free ones take some hundred degrees of freedom, and twice 196.
         (hst,) = summary["observations"]["HST"]["chi_square_per_pixel"].values()
         assert 0.7 < hst < 1.1
@@ -276,6 +282,53 @@ class TestOptions:
         error = np.array(values["HST"]["offset_error_arcsec"])
         assert np.all(np.abs(np.array(values["HST"]["offset_arcsec"]) + OFFSET_ARCSEC) < 4 * error)
 
+    def test_free_rotation(self, free_pixels, gaussians):
+        for values in free_pixels.summary["observations"].values():
+            assert not {"rotation_deg", "rotation_error_deg"} & values.keys()
+        values = gaussians.summary["observations"]
+        assert "rotation_deg" not in values["HSC"]
+        angle, error = (values["HST"][key] for key in ("rotation_deg", "rotation_error_deg"))
+        hst, hsc = gaussians.model.observations
+        assert (float(hst.astrometry.rotation), float(hsc.astrometry.rotation)) == (angle, 0.0)
+        assert angle != 0
+        # Positions known to a few mas in the HSC image, 0.4 arcsec from the middle.
+        assert 0.1 < error < 1.5
+        # The WCS are right.
+        assert abs(angle) < 4 * error
+
+    def test_correlated(self, tmp_path, monkeypatch):
+        """Of two instruments, the noise of one is measured, and the fit gets it."""
+
+        def start(scene, observations, parameters, **options):
+            matched = tuple(obs.match(scene.frame) for obs in observations)
+            return sf.FitResult(scene, matched, parameters, sf.Status.MAX_STEPS, 0.0, {}, 0, {})
+
+        # Fits with such noise are tested elsewhere; here they would take most of the time.
+        monkeypatch.setattr(pipeline, "fit", start)
+        hdus, rng = make_hdus(), np.random.default_rng(2)
+        header = tangent_header((96, 96), 0.05, rotation_deg=10.0)
+        header["CHANNELS"], header["MAGZERO"] = "F814W", ZEROPOINTS["HST"]
+        quiet = draw("HST", header, (96, 96), SimpleNamespace(normal=lambda mean, sigma, shape: np.zeros(shape)))
+        noise = rng.normal(0, SIGMA["HST"], (1, 97, 97))
+        # Every pixel is the mean of four, times 2: neighbours are correlated by one half.
+        smooth = (noise[:, 1:, 1:] + noise[:, 1:, :-1] + noise[:, :-1, 1:] + noise[:, :-1, :-1]) / 2
+        hdus["HST_OBS"] = fits.ImageHDU((quiet + smooth).astype(np.float32), header, "HST_OBS")
+        hdus["HST_WEIGHTS"].data = np.full((1, 96, 96), SIGMA["HST"] ** -2, np.float32)
+        hdus.writeto(tmp_path / "drizzled.fits")
+        run = fit(tmp_path / "out", tmp_path / "drizzled.fits", "--correlated", "HST", "--model", "point", "--quiet")
+        assert run.code == 0
+        hst, hsc = run.model.observations
+        assert isinstance(hst.noise, sf.CorrelatedNoise)
+        assert isinstance(hsc.noise, sf.WhiteNoise)
+        function = hst.noise.correlation.function[0]
+        middle = len(function) // 2
+        # 0.1: five times what 7000 clean pixels leave open.
+        np.testing.assert_allclose(function[middle, [middle - 1, middle + 1, middle + 2]], [0.5, 0.5, 0], atol=0.1)
+        values = run.summary["observations"]
+        assert (values["HST"]["noise"], values["HSC"]["noise"]) == ("CorrelatedNoise", "WhiteNoise")
+        assert values["HST"]["num_modes"] == {"F814W": int(hst.noise.num_modes()[0])}
+        assert 0.5 * 96**2 < values["HST"]["num_modes"]["F814W"] <= 96**2
+
     def test_free_background(self, free_pixels, gaussians):
         for obs in free_pixels.model.observations:
             np.testing.assert_array_equal(obs.background, 0)
@@ -351,6 +404,7 @@ class TestTOML:
             input = "{field.as_posix()}"
             model = "gaussian"
             free_shift = ["HST"]
+            free_rotation = ["HST"]
             free_background = ["HSC"]
             coverage = "intersection"
             max_steps = 2
@@ -364,6 +418,7 @@ class TestTOML:
         np.testing.assert_allclose(-2.5 * np.log10(hst.nanojansky) + 31.4, 28.5)
         np.testing.assert_allclose(-2.5 * np.log10(hsc.nanojansky) + 31.4, ZEROPOINTS["HSC"])
         assert isinstance(run.model.scene.sources["0"].morphology, sf.GaussianMorphology)
+        assert "rotation_deg" in run.summary["observations"]["HST"]
 
     def test_options_go_first(self, field, tmp_path):
         (tmp_path / "fit.toml").write_text(f'input = "{field.as_posix()}"\nmodel = "pixel"\nmax_steps = 50')
@@ -488,6 +543,8 @@ class TestBadInput:
     def test_unknown_observation(self, field, tmp_path):
         run = fit(tmp_path / "out", field, "--free-shift", "HSSC")
         self.check(run, "free_shift: no observation is named 'HSSC'; there are ['HST', 'HSC']")
+        run = fit(tmp_path / "out", field, "--free-rotation", "WFC")
+        self.check(run, "free_rotation: no observation is named 'WFC'; there are ['HST', 'HSC']")
         run = fit(tmp_path / "out", field, "--free-background", "ACS")
         self.check(run, "free_background: no observation is named 'ACS'; there are ['HST', 'HSC']")
         run = fit(tmp_path / "out", field, "--correlated", "VIS")
@@ -501,6 +558,10 @@ class TestBadInput:
     def test_all_shifts_free(self, field, tmp_path):
         run = fit(tmp_path / "out", field, "--free-shift", "HSC", "--free-shift", "HST")
         self.check(run, "All observations' astrometry.shift are free", "as the anchor")
+
+    def test_all_rotations_free(self, field, tmp_path):
+        run = fit(tmp_path / "out", field, "--free-rotation", "HSC", "--free-rotation", "HST")
+        self.check(run, "All observations' astrometry.rotation are free")
 
     @pytest.mark.parametrize(
         ("columns", "message"),
@@ -719,6 +780,7 @@ class TestOtherCommands:
             "catalog",
             "model",
             "free-shift",
+            "free-rotation",
             "free-background",
             "correlated",
             "coverage",

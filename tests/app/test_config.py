@@ -11,6 +11,7 @@ input = "field.fits"
 catalog = "lists/positions.ecsv"
 model = "gaussian"
 free_shift = ["HSC", "VIS"]
+free_rotation = ["VIS"]
 free_background = ["HSC"]
 correlated = ["HST"]
 coverage = "intersection"
@@ -24,6 +25,7 @@ HSC = 27
 OPTIONS = {
     "model": "point",
     "free_shift": ("A",),
+    "free_rotation": ("B",),
     "free_background": ("B", "C"),
     "correlated": ("A",),
     "coverage": "intersection",
@@ -57,6 +59,7 @@ class TestSettings:
         settings = Settings(field)
         assert (settings.model, settings.coverage) == ("pixel", "union")
         assert (settings.catalog, settings.free_shift, settings.free_background) == (None, (), ())
+        assert (settings.free_rotation, settings.correlated) == ((), ())
         assert dict(settings.zeropoints) == {}
         assert settings.rtol > 0
         assert settings.max_steps >= 1
@@ -105,6 +108,7 @@ class TestReadSettings:
             catalog=path.parent / "lists" / "positions.ecsv",
             model="gaussian",
             free_shift=("HSC", "VIS"),
+            free_rotation=("VIS",),
             free_background=("HSC",),
             correlated=("HST",),
             coverage="intersection",

@@ -4,6 +4,8 @@ import sys
 from types import SimpleNamespace
 
 import astropy.units as u
+import equinox as eqx
+import jax
 import numpy as np
 import pytest
 from astropy.coordinates import SkyCoord
@@ -13,12 +15,14 @@ from matplotlib.collections import LineCollection
 from scenefit.app import plot
 from scenefit.app.color import MISSING, balanced_options, default_stretch
 from scenefit.app.panels import round_length
+from scenefit.data.correlated import CorrelatedNoise
 from scenefit.data.observation import Observation
 from scenefit.model.morphology import GaussianMorphology, PointMorphology
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame, pixel_map
 from scenefit.sky.psf import GaussianPSF, ImagePSF
+from tests.correlations import CORRELATIONS
 
 CENTER = SkyCoord(150.0, 2.0, unit="deg")
 
@@ -77,6 +81,22 @@ def pixels(ax):
     assert image.origin == "lower"
     assert ax.get_aspect() == 1
     return np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
+
+
+def scale_label(ax):
+    """Return what is written at the color scale of an axes."""
+    (bar,) = ax.child_axes
+    return bar.get_ylabel()
+
+
+def correlated(obs, scene):
+    """Return noise of correlated neighbours, of uneven depth and larger than its weights say, and a scene seen through it."""
+    rng = np.random.default_rng(4)
+    weights = 4 * rng.uniform(0.3, 1.0, obs.shape)
+    weights[:, 8:11, 9:12] = 0.0
+    noise = CorrelatedNoise(weights, CORRELATIONS["hat"], scale=1.5)
+    drawn = np.asarray(noise.sample(jax.random.key(3)), float)
+    return noise, eqx.tree_at(lambda o: (o.noise, o.data), obs, (noise, obs.render(scene) + drawn))
 
 
 def label_positions(ax):
@@ -282,6 +302,59 @@ class TestScene:
         assert f"χ²/pixel {chi_square:.2f}" in axes["deep residual"].get_title()
         norm = axes["deep residual"].get_images()[0].norm
         assert norm.vmin == -norm.vmax
+
+    def test_residual_of_white_noise_is_the_whitened_one(self, field):
+        scene, (sharp, _) = field
+        sharp = eqx.tree_at(lambda o: o.noise.scale, sharp.match(scene.frame), np.array([1.4]))
+        ax = axes_of(plot.scene(scene, sharp))["sharp residual"]
+        level = sharp.noise.level()
+        residual = (sharp.data - sharp.render(scene)) / level
+        np.testing.assert_array_equal(pixels(ax), np.asarray(sharp.noise.scaled(level).whiten(residual))[0])
+        assert scale_label(ax) == "residual / σ"
+
+    def test_residual_of_correlated_noise_is_in_units_of_the_sigma_of_each_pixel(self, field):
+        """A map of whitened pixels would show in which order they were whitened."""
+        scene, (sharp, _) = field
+        noise, obs = correlated(sharp.match(scene.frame), scene)
+        ax = axes_of(drawn(plot.scene(scene, obs)))["sharp residual"]
+        shown, used = pixels(ax), np.asarray(noise.weights)[0] > 0
+        sigma = 1.5 / np.sqrt(np.asarray(noise.weights)[0][used])
+        assert np.isnan(shown[~used]).all()
+        # 1e-5 of the largest, about 4: single precision.
+        np.testing.assert_allclose(shown[used], (obs.data - obs.render(scene))[0][used] / sigma, atol=4e-5)
+        assert scale_label(ax) == "residual / σ (pixels correlated)"
+        # Neighbours are correlated as the noise is; 0.06: four times the scatter of 2800 pairs by Bartlett's formula.
+        pairs = used[:, 1:] & used[:, :-1]
+        found = np.mean((shown[:, 1:] * shown[:, :-1])[pairs]) / np.mean(shown[used] ** 2)
+        assert found == pytest.approx(CORRELATIONS["hat"][2, 3], abs=0.06)
+        # The number is that of independent ones.
+        expected = float(obs.chi_square(scene)[0] / noise.num_modes()[0])
+        assert f"χ²/pixel {expected:.2f}" in ax.get_title()
+
+    def test_chi_square_of_correlated_noise_inside_the_frame(self, field):
+        """That of the pixels on the frame by the inverse of their covariance; what lies outside isn't known to be 0."""
+        _, (_, deep) = field
+        frame = Frame((13, 60), channels=deep.channels, wcs=make_wcs((13, 60), 0.25, 20), padding=8)
+        scene = Scene(frame, {"a": Source(frame.center, np.ones(3), GaussianMorphology(1.0))})
+        noise, obs = correlated(deep.match(frame), scene)
+        fig = plot.scene(scene, obs, channel="r")
+        ax = axes_of(fig)["deep residual"]
+        inside = np.zeros((20, 24), bool)
+        inside[obs.renderer.window.slices] = obs.renderer.inside
+        used = inside & (np.asarray(noise.weights)[1] > 0)
+        assert 100 < used.sum() < 0.8 * inside.size
+        np.testing.assert_array_equal(np.isfinite(pixels(ax)), used)
+        y, x = np.nonzero(used)
+        lags = y[:, None] - y, x[:, None] - x
+        near = (np.abs(lags[0]) <= 2) & (np.abs(lags[1]) <= 2)
+        matrix = np.where(near, CORRELATIONS["hat"][tuple(np.clip(lag + 2, 0, 4) for lag in lags)], 0.0)
+        scaled = (obs.data - obs.render(scene))[1][used] * np.sqrt(np.asarray(noise.weights)[1][used]) / 1.5
+        expected = scaled @ np.linalg.solve(matrix, scaled) / used.sum()
+        found = float(ax.get_title().partition("χ²/pixel ")[2])
+        # 0.006: written with two digits, and single precision.
+        assert found == pytest.approx(expected, abs=0.006)
+        # Not the mean square of what is shown, which scatters by more.
+        assert abs(np.mean(scaled**2) - expected) > 0.02
 
     def test_single_channel(self, field):
         scene, observations = field

@@ -32,6 +32,15 @@ def sources(shape, number, seed=5):
     return image
 
 
+def drizzled_noise(shape, generator):
+    """Return noise of the correlation `drizzled`: through the root of its power, on a torus far larger than its reach."""
+    function = np.zeros([n + 8 for n in shape])
+    lags = np.arange(-2, 3)
+    function[np.ix_(lags, lags)] = CORRELATIONS["drizzled"]
+    gain = np.sqrt(np.maximum(np.fft.fft2(function).real, 0))
+    return np.fft.ifft2(gain * np.fft.fft2(generator.normal(size=function.shape))).real[: shape[0], : shape[1]]
+
+
 def assert_measured(blank, name, *, within, variance=SIGMA**2):
     """Assert that variance and correlation are those of a kernel, within so many standard errors."""
     truth, (found,), count = CORRELATIONS[name], blank.function, blank.clean.sum()
@@ -183,6 +192,35 @@ def test_correlations_are_looked_for_so_far(max_lag):
     # 0.12: with nothing at lag 2, where there is 0.17, no noise has as much at lag 1; 4 standard errors otherwise.
     error = 0.12 if max_lag == 1 else 4 * np.sqrt((truth**2).sum() / blank.clean.sum())
     np.testing.assert_allclose(blank.function[0][middle, middle], truth[1:4, 1:4], rtol=0, atol=error)
+
+
+def test_noise_ends_within_what_is_looked_at():
+    """That of a drizzled image, in any draw, on images large and small."""
+    for seed in range(20):
+        shape = SHAPE if seed < 10 else (50, 44)
+        noise = drizzled_noise(shape, np.random.default_rng(100 + seed))
+        blank = measure_blank_sky(noise[None], np.ones((1, *shape)), max_lag=(None, 3)[seed % 2])
+        assert blank.variance.item() == pytest.approx(1, abs=0.15 if shape == SHAPE else 0.3)
+
+
+@pytest.mark.parametrize("kernel", ["white", "hat"])
+@pytest.mark.parametrize("max_lag", [None, 0, 3])
+@pytest.mark.parametrize("kind", ["gradient", "waves"])
+def test_a_sky_that_varies_is_no_noise(kind, max_lag, kernel):
+    """A slope by 1.5 standard deviations of the noise from side to side, or waves: only a constant is taken out."""
+    y, x = np.indices(SHAPE)
+    sky = {"gradient": 1.5 * x / SHAPE[1], "waves": np.sin(x / 20) * np.cos(y / 25)}[kind]
+    data = noise_image(kernel, 0) + SIGMA * sky
+    message = (
+        r"channel 1 are still correlated by 0\.\d+ \+- 0\.\d+ at a distance of 12, .* is a background, .* not noise\. "
+        r"Subtract it, or set background= .* give a larger max_lag="
+    )
+    for varying in (False, True):
+        with pytest.raises(ValueError, match=message):
+            CorrelatedNoise.measured(
+                np.stack([noise_image("white", 0), data]), np.ones((2, *SHAPE)), max_lag=max_lag, varying=varying
+            )
+    assert len(measure_blank_sky((data - SIGMA * sky)[None], np.ones((1, *SHAPE))).function) == 1
 
 
 @pytest.mark.parametrize("max_lag", [-1, 120, 500])

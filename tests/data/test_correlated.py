@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 
+from scenefit.arrays import vecchia
 from scenefit.arrays.vecchia import DenseWhitening, SparseWhitening
 from scenefit.data.correlated import LARGEST_LAG, CorrelatedNoise
 from scenefit.data.correlation import PropagatedCorrelation, StationaryCorrelation
@@ -494,3 +496,114 @@ def test_correlations_are_followed_so_far():
     power = power_of(CORRELATIONS["drizzled"], shape)
     noise = CorrelatedNoise.from_power_spectrum(power)
     np.testing.assert_allclose(noise.correlation.function[0], CORRELATIONS["drizzled"], rtol=0, atol=1e-9)
+
+
+# ---- resamplings of somebody else
+
+
+def dithered(shape, generator):
+    """Return a sparse map from two dithered exposures to an image: bilinear, but for some noise in the shares."""
+    height, width = shape
+    y, x = (n.ravel() for n in np.indices(shape))
+    rows, columns, shares = [], [], []
+    for number, (dy, dx) in enumerate(((0.3, 0.6), (0.7, 0.1))):
+        for j, i in np.ndindex(2, 2):
+            inside = (y + j < height) & (x + i < width)
+            rows.append(np.flatnonzero(inside))
+            columns.append((number * height * width + (y + j) * width + x + i)[inside])
+            shares.append(np.full(inside.sum(), 0.5 * (dy if j else 1 - dy) * (dx if i else 1 - dx)))
+    shares = np.concatenate(shares) * generator.uniform(0.8, 1.2, sum(map(len, shares)))
+    places = np.concatenate(rows), np.concatenate(columns)
+    return scipy.sparse.coo_matrix((shares, places), shape=(height * width, 2 * height * width))
+
+
+def exposures(shape, generator):
+    """Return weights of two channels of two exposures, one as deep as four of the other; some bad pixels."""
+    weights = generator.uniform(0.5, 1, (2, 2, *shape)) * np.array([1, 4])[None, :, None, None]
+    weights[0, 1, 5, 7:9] = weights[1, 0, 3, 20] = 0
+    return weights
+
+
+@pytest.mark.parametrize("make", ["tocsr", "tocoo"])
+def test_the_likelihood_of_a_resampling_is_the_dense_gaussian(double, rng, make):
+    resampling, weights = dithered(SMALL, rng), exposures(SMALL, rng)
+    # A row without input.
+    resampling = resampling.tolil()
+    resampling[100] = 0
+    noise = CorrelatedNoise.propagated(getattr(resampling, make)(), weights, SMALL)
+    dense, flat = resampling.toarray(), weights.reshape(2, -1)
+    residual = rng.normal(size=(2, *SMALL))
+    expected = 0.0
+    for channel in range(2):
+        inside = ((dense != 0) @ (flat[channel] == 0) == 0) & (dense != 0).any(axis=1)
+        assert 4 <= (~inside).sum() <= 10
+        assert not inside[100]
+        np.testing.assert_array_equal(noise.valid[channel].ravel(), inside)
+        variance = (dense**2 / np.where(flat[channel] > 0, flat[channel], np.inf)).sum(axis=1)
+        # 1e-12: rounding.
+        np.testing.assert_allclose(1 / noise.weights[channel].ravel()[inside], variance[inside], rtol=1e-12)
+        # In a corner, a pixel of one share follows from those beside it.
+        inside &= noise.modes[channel].ravel()
+        assert inside.sum() >= noise.valid[channel].sum() - 1
+        # Of input without information no pixel inside has a share.
+        shares = dense[inside] / np.sqrt(np.where(flat[channel] > 0, flat[channel], 1.0))
+        covariance = shares @ shares.T
+        expected += dense_log_likelihood(covariance, residual[channel].ravel()[inside])
+    # 1e-6: rounding, times the condition number.
+    assert float(noise.log_likelihood(to_jax(residual))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_chi_square_of_resampled_noise_has_the_mean_of_its_modes(rng):
+    """Of an image that is whitened from near pixels, and of one with four pixels to an independent number."""
+    finer = np.kron(np.eye(18), [[1.0], [0.5]]) + np.kron(np.eye(18), [[0.0], [0.5]])[:, np.r_[17, :17]]
+    smooth = scipy.sparse.kron(scipy.sparse.csr_matrix(finer), scipy.sparse.csr_matrix(finer))
+    for resampling, shape, most in ((dithered(LARGE, rng), LARGE, 36 * 33), (smooth, (36, 36), 18 * 18)):
+        weights = rng.uniform(0.5, 2, (1, resampling.shape[1]))
+        noise = CorrelatedNoise.propagated(resampling, weights, shape)
+        assert isinstance(noise.whitening, SparseWhitening)
+        (modes,) = noise.num_modes()
+        assert 0.9 * most < modes <= most
+        draws = resampling @ (rng.normal(size=(60, weights.size)) / np.sqrt(weights)).T
+        images = to_jax(draws.T.reshape(60, 1, *shape))
+        chi_square = np.asarray(jax.vmap(noise.chi_square)(images), float)
+        # 4 standard errors of the mean; what correlation is left adds up to 15 per cent to the scatter.
+        assert chi_square.mean() == pytest.approx(modes, abs=4 * 1.15 * np.sqrt(2 * modes / 60))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a, w: (a.toarray(), w), TypeError, "wants to be a sparse matrix of scipy, .*; got a ndarray"),
+        (
+            lambda a, w: (a[:-1], w),
+            ValueError,
+            r"a row for each pixel .*, y \* x of shape \(24, 24\); got \(575, 1152\)",
+        ),
+        (
+            lambda a, w: (a, w[:, :1]),
+            ValueError,
+            r"weights of the input want shape \(channel, 1152\).*; got \(2, 1, 24, 24\)",
+        ),
+        (lambda a, w: (a, w.ravel()), ValueError, r"want shape \(channel, 1152\).*; got \(2304,\)"),
+        (lambda a, w: (a * np.nan, w), ValueError, r"wants finite shares of the input; \d+ are NaN or infinite"),
+        (lambda a, w: (a, -w), ValueError, r"finite and >= 0; got \d+ negative"),
+        (lambda a, w: (a, w * np.nan), ValueError, r"finite and >= 0; got \d+ NaN"),
+        (lambda a, w: (a, 0 * w), ValueError, "No pixel of the result is made of input with information alone"),
+        (lambda a, w: (0 * a, w), ValueError, "No pixel of the result is made of input with information alone"),
+    ],
+)
+def test_resamplings_of_other_images_are_refused(rng, change, error, message):
+    resampling, weights = change(dithered(SMALL, rng).tocsr(), exposures(SMALL, rng))
+    with pytest.raises(error, match=message):
+        CorrelatedNoise.propagated(resampling, weights, SMALL)
+
+
+def test_a_slow_whitening_shows_a_bar_unless_silenced(capsys, monkeypatch):
+    monkeypatch.setattr(vecchia, "DELAY_SECONDS", 0.0)
+    weights = varying_weights(holes(LARGE, 0.2)[None])
+    keep = holes(LARGE, 0.1, seed=5)
+    for progress in (True, False):
+        noise = CorrelatedNoise(weights, CORRELATIONS["drizzled"], progress=progress)
+        assert ("whitening" in capsys.readouterr().err) == progress
+        noise.restricted(keep, (slice(None), slice(None)))
+        assert ("whitening" in capsys.readouterr().err) == progress

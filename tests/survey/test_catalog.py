@@ -3,23 +3,27 @@ import dataclasses
 import astropy.units as u
 import equinox as eqx
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from astropy.coordinates import SkyCoord
 from astropy.table import QTable
+from numpyro.distributions import constraints
 
 from scenefit.infer.fit import FitResult, Status
+from scenefit.infer.posterior import with_parameters
 from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology, SersicMorphology
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
-from scenefit.survey.catalog import catalog, channel_label, offset_errors
+from scenefit.survey.catalog import catalog, channel_label, nuisance_errors, offset_errors
 from scenefit.survey.measure import Flag
 from tests.blends import (
     COARSE_PSF,
     COARSE_ROTATION,
     COARSE_SCALE,
+    DISPLACEMENT,
     FINE_PSF,
     FINE_SCALE,
     GALAXIES,
@@ -34,7 +38,8 @@ from tests.blends import (
 from tests.helpers import CENTER_DEG, make_observation
 from tests.survey.test_measure import circular_half_light_radius
 
-PLAIN = ["id", "ra", "dec", "y", "x", "half_light_radius", "axis_ratio", "position_angle", "snr", "flags"]
+MEASURED = ["ra", "dec", "y", "x", "half_light_radius", "axis_ratio", "position_angle"]
+PLAIN = ["id", "snr", "flags", *MEASURED, *(f"{name}_err" for name in MEASURED)]
 BY_CHANNEL = ["flux", "flux_err", "mag", "mag_err"]
 
 
@@ -216,6 +221,123 @@ def test_what_is_fixed_has_no_error():
 
 def test_offsets_without_a_free_one_have_no_error():
     assert all(np.isnan(error).all() for error in offset_errors(fitted()).values())
+
+
+ROTATION, NOISE_SCALE = "observations.coarse.astrometry.rotation", "observations.fine.noise.scale"
+ROTATION_PRIOR = 0.5
+
+
+def turned_blend() -> FitResult:
+    """Two galaxies and an image of 3 x 3 free pixels, seen by two instruments, the second displaced and turned; not fitted."""
+    fine, coarse = observe(noise=False)
+    observations = [fine, coarse.with_shift(DISPLACEMENT).with_rotation(0.3).with_background(1.0)]
+    frame = frame_of(observations)
+    sources = dict(list(true_scene(frame).sources.items())[:2])
+    y, x = np.mgrid[-1:2, -1:2]
+    envelope = np.exp(-(y**2 + x**2) / 4)
+    free = PixelMorphology(envelope * (1 + 0.3 * np.sin(3 * y + x)), envelope=envelope)
+    scene = Scene(frame, {**sources, "pixels": Source((26.0, 28.0), [400.0, 300.0, 800.0], free)})
+    rng = np.random.default_rng(8)
+    observations = [
+        eqx.tree_at(lambda o: o.data, obs, obs.render(scene) + rng.normal(size=obs.shape)) for obs in observations
+    ]
+    parameters = Parameters.default(scene, observations).free("observations.coarse.astrometry.*").free(NOISE_SCALE)
+    parameters = parameters.free("observations.coarse.background").prior(ROTATION, dist.Normal(0, ROTATION_PRIOR))
+    return as_result(scene, observations, parameters)
+
+
+STEPS = {"flux": 20.0, "image": 1e-3, "background": 1.0, "shift": 5e-3, "rotation": 0.1, "ellipticity": 0.01}
+"""Of finite differences: small against the scales on which images change, large against rounding in float32. Of centers and radii
+0.02 pixels."""
+
+
+def dense_information(result) -> tuple[list[tuple[str, tuple]], np.ndarray]:
+    """Return all free numbers but the scale of the noise, as (path, index), and J^T J, by differences; priors are residuals."""
+
+    def whitened(values):
+        scene, observations = with_parameters(result.scene, result.observations, values)
+        model = scene.evaluate()
+        rows = [
+            obs.render(model)[(slice(None), *obs.renderer.window.slices)][:, obs.renderer.inside].ravel()
+            for obs in observations
+        ]
+        free = scene.sources["pixels"].morphology
+        return np.concatenate(
+            [*rows, (free.image / free.prior().scale).ravel(), values[ROTATION].ravel() / ROTATION_PRIOR]
+        )
+
+    values = {path: np.asarray(value, float) for path, value in free_values(result).items()}
+    names, columns = [], []
+    for path, value in values.items():
+        step = STEPS.get(path.rpartition(".")[2], 0.02)
+        for place in np.ndindex(value.shape):
+            ends = []
+            for sign in (1, -1):
+                changed = value.copy()
+                changed[place] += sign * step
+                ends.append(whitened({**values, path: changed}))
+            names.append((path, place))
+            columns.append((ends[0] - ends[1]) / (2 * step))
+    derivative = np.array(columns)
+    return names, derivative @ derivative.T
+
+
+def free_values(result) -> dict[str, np.ndarray]:
+    """Return the values of all free parameters but the scale of the noise."""
+    values = {}
+    for path, source in result.scene.components():
+        values |= {f"{path}.center": source.center, f"{path}.spectrum.flux": source.spectrum.flux}
+        values |= {
+            f"{path}.morphology.{name}": getattr(source.morphology, name) for name in source.morphology.constraints
+        }
+    for obs in result.observations:
+        values |= {f"observations.{obs.name}.{path}": value for path, value in obs.nuisances().items()}
+    return {path: value for path, value in values.items() if result.parameters.is_fitted(path)}
+
+
+def test_errors_of_observations_equal_the_dense_inverse():
+    """Everything else marginalised over: shapes, fluxes, free pixels and their priors."""
+    result = turned_blend()
+    names, information = dense_information(result)
+    unit = 1 / np.sqrt(np.diag(information))
+    values, vectors = np.linalg.eigh(information * unit[:, None] * unit)
+    # Of the sum of an image nothing depends: an eigenvalue of 0, up to rounding in float32.
+    kept = values > 1e-5
+    assert kept.sum() == len(kept) - 1
+    variance = np.sum(vectors[:, kept] ** 2 / values[kept], axis=1) * unit**2
+    expected = {
+        path: np.zeros(np.shape(v)) for path, v in free_values(result).items() if path.startswith("observations.")
+    }
+    for (path, place), value in zip(names, variance, strict=True):
+        if path in expected:
+            expected[path][place] = np.sqrt(value)
+    errors = nuisance_errors(result, progress=False)
+    assert errors.keys() == {*expected, NOISE_SCALE}
+    for path, value in expected.items():
+        # 0.5 %: where conjugate gradients stop, in units of the error.
+        np.testing.assert_allclose(errors[path], value, rtol=0.005)
+    # The prior and the data have both a say, and what is marginalised over, too.
+    alone = 1 / np.sqrt(information[names.index((ROTATION, ())), names.index((ROTATION, ()))])
+    assert 1.02 * alone < errors[ROTATION] < 0.98 * ROTATION_PRIOR
+    # Of n numbers, the standard deviation is known to 1 / sqrt(2 n). 5 %: what their squares add up to, which has been drawn.
+    np.testing.assert_allclose(errors[NOISE_SCALE], 1 / np.sqrt(2 * 1600), rtol=0.05)
+    np.testing.assert_array_equal(offset_errors(result)["coarse"], errors["observations.coarse.astrometry.shift"])
+    assert np.isnan(offset_errors(result)["fine"]).all()
+    # At the end of its range a parameter has the same error: what is asked for is free.
+    ended = result.parameters.constrain(ROTATION, constraints.interval(-0.3, 0.3))
+    at_bound = nuisance_errors(dataclasses.replace(result, parameters=ended), ROTATION, progress=False)
+    assert list(at_bound) == [ROTATION]
+    # 1e-3: rounding in float32, of the angle as of the rest.
+    np.testing.assert_allclose(at_bound[ROTATION], errors[ROTATION], rtol=1e-3)
+
+
+def test_errors_that_cannot_be_asked_for():
+    assert nuisance_errors(fitted()) == {}
+    assert nuisance_errors(fitted(), "observations.coarse.background") == {}
+    with pytest.raises(ValueError, match=r"wants parameters of observations; '\*' matches 'sources\.a\.center'"):
+        nuisance_errors(fitted(), "*")
+    with pytest.raises(KeyError, match=r"No parameter matches 'observations\.corse'"):
+        nuisance_errors(fitted(), "observations.corse")
 
 
 # ---- shapes on the sky

@@ -46,6 +46,9 @@ def fit(
     free_shift: Annotated[
         list[str] | None, typer.Option(help="Observation whose offset is fitted; repeatable.")
     ] = None,
+    free_rotation: Annotated[
+        list[str] | None, typer.Option(help="Observation whose rotation is fitted; repeatable.")
+    ] = None,
     free_background: Annotated[
         list[str] | None, typer.Option(help="Observation whose background is fitted; repeatable.")
     ] = None,
@@ -64,6 +67,7 @@ def fit(
         catalog=catalog,
         model=model,
         free_shift=tuple(free_shift) if free_shift else None,
+        free_rotation=tuple(free_rotation) if free_rotation else None,
         free_background=tuple(free_background) if free_background else None,
         correlated=tuple(correlated) if correlated else None,
         coverage=coverage,

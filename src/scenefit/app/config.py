@@ -13,7 +13,7 @@ from typing import Any
 
 COVERAGES = ("union", "intersection")
 MODELS = ("pixel", "gaussian", "point")
-NAMES = ("free_shift", "free_background", "correlated")
+NAMES = ("free_shift", "free_rotation", "free_background", "correlated")
 """Settings that are names of observations."""
 
 
@@ -31,6 +31,8 @@ class Settings:
         What sources are made of, see `scenefit.initialize`.
     free_shift : tuple of str
         Observations whose offset is fitted.
+    free_rotation : tuple of str
+        Observations whose rotation is fitted.
     free_background : tuple of str
         Observations whose background is fitted.
     correlated : tuple of str
@@ -47,6 +49,7 @@ class Settings:
     catalog: Path | None = None
     model: str = "pixel"
     free_shift: tuple[str, ...] = ()
+    free_rotation: tuple[str, ...] = ()
     free_background: tuple[str, ...] = ()
     correlated: tuple[str, ...] = ()
     coverage: str = "union"
@@ -101,6 +104,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         "catalog": str,
         "model": str,
         "free_shift": list,
+        "free_rotation": list,
         "free_background": list,
         "correlated": list,
         "coverage": str,

@@ -94,14 +94,14 @@ def mark_positions(ax, names, positions, shape):
             ax.annotate(name, (x, y), size=size, parse_math=False, **place, **_INK)
 
 
-def show_residual(ax, values, limit):
-    """Show residuals in units of sigma with diverging colors from -limit to limit, grey where NaN."""
+def show_residual(ax, values, limit, remark: str = ""):
+    """Show residuals in units of sigma with diverging colors from -limit to limit, grey where NaN; with a remark at the scale."""
     colors = colormaps["RdBu_r"].with_extremes(bad=str(MISSING))
     shown = ax.imshow(values, cmap=colors, vmin=-limit, vmax=limit, origin="lower", interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ticks = [-limit, -limit // 2, 0, limit // 2, limit]
     bar = ax.figure.colorbar(shown, cax=ax.inset_axes((1.04, 0, 0.05, 1)), ticks=ticks, extend="both")
-    bar.set_label("residual / σ", size="small")
+    bar.set_label(f"residual / σ ({remark})" if remark else "residual / σ", size="small")
     bar.ax.tick_params(labelsize="small")
 
 

@@ -20,7 +20,7 @@ from scenefit.data.resampled import CorrelatedObservation
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.model.parameters import Parameters
 from scenefit.sky.frame import Frame
-from scenefit.survey.catalog import catalog, channel_label, offset_errors
+from scenefit.survey.catalog import catalog, channel_label, nuisance_errors
 from scenefit.survey.initialize import initialize
 
 try:
@@ -30,6 +30,12 @@ except ImportError:  # Windows
 
 FILES = ("catalog.ecsv", "model.asdf", "images.fits", "scene.png", "summary.json")
 """What a run writes."""
+FREED = {
+    "free_background": "background",
+    "free_shift": "astrometry.shift",
+    "free_rotation": "astrometry.rotation",
+}
+"""What of an observation each setting sets free."""
 
 
 def run(
@@ -76,16 +82,16 @@ def run(
     frame = Frame.from_observations(observations, settings.coverage)
     scene = initialize(frame, observations, positions[0], model=settings.model, progress=progress)
     parameters = Parameters.default(scene, observations)
-    for name in settings.free_background:
-        parameters = parameters.free(f"observations.{name}.background")
-    for name in settings.free_shift:
-        parameters = parameters.free(f"observations.{name}.astrometry.shift")
+    for setting, path in FREED.items():
+        for name in getattr(settings, setting):
+            parameters = parameters.free(f"observations.{name}.{path}")
     clock.lap("initialize")
     result = fit(scene, observations, parameters, progress=progress, rtol=settings.rtol, max_steps=settings.max_steps)
     clock.lap("fit")
     if result.status is Status.INTERRUPTED and report is not None:
         report("Interrupted: the best state so far is measured and saved. Ctrl-C once more ends without.")
-    table, errors = catalog(result, progress=progress), offset_errors(result, progress=progress)
+    table = catalog(result, progress=progress)
+    errors = nuisance_errors(result, "observations.*.astrometry", progress=progress)
     clock.lap("measure")
     written = write_results(directory, result, table)
     clock.lap("write")
@@ -113,19 +119,26 @@ def write_figure(path: Path, figure):
 
 
 def summary(result: FitResult, errors: dict[str, np.ndarray], seconds: dict[str, float]) -> dict:
-    """Return what summary.json holds."""
+    """Return what summary.json holds; `errors` are those of the astrometry of observations, by path."""
     observations = {}
     for obs in result.observations:
-        count = obs.noise.num_modes()
-        chi_square = obs.chi_square(result.scene) / np.maximum(count, 1)
+        base = f"observations.{obs.name}.astrometry"
+        seen = obs.on_frame()
+        count = seen.noise.num_modes()
+        chi_square = seen.chi_square(result.scene) / np.maximum(count, 1)
         labels = [channel_label(channel) for channel in obs.channels]
         observations[obs.name] = {
+            "noise": type(obs.noise).__name__,
+            "num_modes": {label: int(n) for label, n in zip(labels, count, strict=True)},
             "chi_square_per_pixel": {
                 label: float(value) if n else None for label, value, n in zip(labels, chi_square, count, strict=True)
             },
             "offset_arcsec": [float(value) for value in obs.astrometry.shift],
-            "offset_error_arcsec": [float(value) for value in errors[obs.name]],
+            "offset_error_arcsec": [float(value) for value in errors.get(f"{base}.shift", np.full(2, np.nan))],
         }
+        if f"{base}.rotation" in errors:
+            observations[obs.name]["rotation_deg"] = float(obs.astrometry.rotation)
+            observations[obs.name]["rotation_error_deg"] = float(errors[f"{base}.rotation"])
     return {
         "versions": {
             "scenefit": package_version(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from astropy.coordinates import SkyCoord
@@ -18,6 +19,8 @@ from scenefit.app.color import asinh_rgb, balanced_options, default_channel_map,
 from scenefit.app.panels import NotebookFigure, draw_outlines, mark_positions, show_residual, show_rgb
 from scenefit.app.profileplot import corner, link_curves, profile
 from scenefit.arrays.box import Box
+from scenefit.data.correlated import CorrelatedNoise
+from scenefit.data.noise import WhiteNoise
 from scenefit.model.packing import component_box
 from scenefit.sky.frame import Channel, pixel_map, pixel_scale_of
 
@@ -114,6 +117,10 @@ def scene(scene, observations, *, labels: bool = True, boxes: bool = True, chann
     it, but not in the chi-square per pixel, which is given for every channel; pass `channel` for the map of
     that one alone. Pixels without information or outside the frame are grey and don't count.
 
+    Where noise is correlated, too, the map is in units of the standard deviation of each pixel by itself, and the scale
+    says so: neighbours then scatter together. The chi-square is that of the residuals without their correlation, for each of
+    the independent numbers (`noise.num_modes`) that the pixels are worth.
+
     Parameters
     ----------
     scene : Scene
@@ -145,8 +152,8 @@ def scene(scene, observations, *, labels: bool = True, boxes: bool = True, chann
         raise ValueError(f"No observation has a channel {channel!r}; there are {having}.")
     model = scene.evaluate()
     rendered = [obs.render(model) for obs in matched]
-    chi = [_chi(obs, image) for obs, image in zip(matched, rendered, strict=True)]
-    maps = [_residual_map(obs, values, channel) for obs, values in zip(matched, chi, strict=True)]
+    compared = [_compare(obs, image) for obs, image in zip(matched, rendered, strict=True)]
+    maps = [_residual_map(obs, values, channel) for obs, values in zip(matched, compared, strict=True)]
     finite = np.concatenate([[0.0], *(np.abs(values[np.isfinite(values)]) for values, _ in maps)])
     limit = 2 * int(np.ceil(np.clip(np.percentile(finite, 99.8), *RESIDUAL_LIMITS) / 2))
     fig, model_axes, rows = _scene_axes(scene.frame, matched)
@@ -154,7 +161,7 @@ def scene(scene, observations, *, labels: bool = True, boxes: bool = True, chann
     look = _model_look(scene.frame, _model_noise(scene.frame, matched), model)
     show_rgb(model_axes, asinh_rgb(model, **look), scene.frame.wcs)
     _mark_scene(model_axes, scene, None, labels, boxes)
-    for obs, image, values, (shown, title), axes in zip(matched, rendered, chi, maps, rows, strict=True):
+    for obs, image, values, (shown, title), axes in zip(matched, rendered, compared, maps, rows, strict=True):
         look = _look(obs)
         light = np.where(_covered(obs), image - obs.background_image(), np.nan)
         show_rgb(axes[0], asinh_rgb(_light(obs), **look), obs.wcs)
@@ -163,7 +170,7 @@ def scene(scene, observations, *, labels: bool = True, boxes: bool = True, chann
         axes[0].set_ylabel(_heading(obs.name, obs.channels), parse_math=False)
         axes[0].set_title("observed")
         axes[1].set_title("rendered")
-        show_residual(axes[2], shown, limit)
+        show_residual(axes[2], shown, limit, "pixels correlated" if _is_correlated(obs) else "")
         axes[2].set_title(title, parse_math=False)
         axes[2].set_xlabel(_chi_square_text(values, obs.channels), size="x-small", parse_math=False)
     return fig
@@ -322,32 +329,55 @@ def _look(obs) -> dict:
     return balanced_options(_light(obs), noise=obs.noise.level(), channels=obs.channels)
 
 
-def _chi(obs, rendered) -> np.ndarray:
-    """Return the whitened residual (channel, y, x), NaN where there is nothing to compare."""
+class _Comparison(NamedTuple):
+    """An observation compared with a model.
+
+    residual : array, shape (channel, y, x)
+        Observed minus rendered, in standard deviations of each pixel; NaN where there is nothing to compare.
+    chi_square, num_modes : array, shape (channel,)
+        Of the whitened residuals, and how many independent numbers these are.
+    """
+
+    residual: np.ndarray
+    chi_square: np.ndarray
+    num_modes: np.ndarray
+
+    def per_mode(self, channels: slice | list[int] = slice(None)) -> float:
+        """Return the chi-square of some channels for each independent number; NaN if there are none."""
+        count = self.num_modes[channels].sum()
+        return float(self.chi_square[channels].sum() / count) if count else float("nan")
+
+
+def _is_correlated(obs) -> bool:
+    """Return whether whitened pixels are combinations of many: those of a decimated lattice, say, show a pattern of their own."""
+    return isinstance(obs.noise, CorrelatedNoise)
+
+
+def _compare(obs, rendered) -> _Comparison:
+    """Compare a matched observation with its rendering."""
     known, unit = _known(obs), obs.noise.level()
     residual = np.where(known, obs.data - rendered, 0.0) / unit[:, None, None]
-    return np.where(known, np.asarray(obs.noise.scaled(unit).whiten(residual), float), np.nan)
+    noise = obs.on_frame().noise.scaled(unit)
+    whitened = np.asarray(noise.whiten(residual), float)
+    # Of correlated noise, that of each pixel by itself.
+    alone = WhiteNoise(noise.weights, noise.scale).whiten(residual) if _is_correlated(obs) else whitened
+    chi_square = np.sum(whitened**2, axis=(1, 2))
+    return _Comparison(np.where(known, np.asarray(alone, float), np.nan), chi_square, noise.num_modes())
 
 
-def _residual_map(obs, chi, channel):
+def _residual_map(obs, compared: _Comparison, channel):
     """Return the map (y, x) of the channel asked for or of all together, and its title."""
-    name = ""
-    if channel in obs.channels:
-        chi, name = chi[[obs.channels.index(channel)]], f" {_channel_name(channel)}"
-    count = np.isfinite(chi).sum(axis=0)
-    total = np.nansum(chi, axis=0) / np.sqrt(np.maximum(count, 1))
-    return np.where(count > 0, total, np.nan), f"residual{name}, χ²/pixel {_mean_square(chi):.2f}"
+    number = obs.channels.index(channel) if channel in obs.channels else None
+    chosen, name = (slice(None), "") if number is None else ([number], f" {_channel_name(channel)}")
+    residual = compared.residual[chosen]
+    count = np.isfinite(residual).sum(axis=0)
+    total = np.nansum(residual, axis=0) / np.sqrt(np.maximum(count, 1))
+    return np.where(count > 0, total, np.nan), f"residual{name}, χ²/pixel {compared.per_mode(chosen):.2f}"
 
 
-def _mean_square(chi) -> float:
-    """Return the mean square of what is known, NaN if nothing is."""
-    known = chi[np.isfinite(chi)]
-    return float(np.mean(known**2)) if known.size else float("nan")
-
-
-def _chi_square_text(chi, channels) -> str:
+def _chi_square_text(compared: _Comparison, channels) -> str:
     """Return the chi-square per pixel of each of several channels; of many, the ten largest."""
-    values = [_mean_square(plane) for plane in chi]
+    values = [compared.per_mode([n]) for n in range(len(channels))]
     order = np.sort(np.argsort(np.nan_to_num(values))[-10:])
     texts = [f"{values[n]:.2f}" if np.isfinite(values[n]) else "–" for n in order]
     names = [_channel_name(channels[n]) for n in order]

@@ -24,9 +24,11 @@ import numpy as np
 import scipy.linalg
 from jax import lax
 from jaxtyping import Array, Float
+from tqdm import tqdm
 
 from scenefit.arrays.compilation import as_floats
 from scenefit.arrays.linear import linear_map
+from scenefit.arrays.progress import DELAY_SECONDS
 
 MAX_DENSE = 1024
 """Images of so many pixels at most are whitened exactly."""
@@ -39,7 +41,7 @@ lest every correlation has an order, and with it a compilation, of its own."""
 JITTER = 1e-8
 """Added to the unit diagonal of correlations: images that are smoother than their pixels have singular ones."""
 NOT_POSITIVE = "The correlation of the noise isn't positive definite: no noise can have it."
-BATCH = 1024
+BATCH = 256
 """Pixels whose predictions are computed at a time."""
 
 
@@ -230,7 +232,7 @@ class SparseWhitening(AbstractWhitening):
 
 
 def whitening(
-    bands: Callable[[int], list[np.ndarray]], valid: np.ndarray, order: Order
+    bands: Callable[[int], list[np.ndarray]], valid: np.ndarray, order: Order, progress: bool = False
 ) -> DenseWhitening | SparseWhitening:
     """Return the whitening of images that are known at some pixels only.
 
@@ -242,6 +244,8 @@ def whitening(
     valid : array of bool, shape (channel, y, x)
     order : Order
         See `choose_order`.
+    progress : bool
+        Whether to show a progress bar on standard error, if it takes more than `progress.DELAY_SECONDS`.
 
     Raises
     ------
@@ -256,7 +260,11 @@ def whitening(
     try:
         if is_dense:
             return DenseWhitening(as_floats(np.stack([_dense(band, plane, order) for band, plane in pairs])), shape)
-        sparse = [_sparse(band, plane[:: order.step, :: order.step], order) for band, plane in pairs]
+        pairs = [(band, plane[:: order.step, :: order.step]) for band, plane in pairs]
+        total = sum(int(plane.sum()) for _, plane in pairs)
+        options = {"disable": not progress, "delay": DELAY_SECONDS, "leave": False}
+        with tqdm(total=total, desc="whitening", unit="pixel", **options) as bar:
+            sparse = [_sparse(band, plane, order, bar) for band, plane in pairs]
     except np.linalg.LinAlgError as exc:
         raise ValueError(NOT_POSITIVE) from exc
     return SparseWhitening(tuple(as_floats(np.stack(rows)) for rows in zip(*sparse, strict=True)), order, shape)
@@ -296,8 +304,8 @@ def _supported_factor(covariance: np.ndarray, support: float) -> tuple[np.ndarra
     return factor[: len(kept), : len(kept)], np.array(kept, int)
 
 
-def _sparse(band: np.ndarray, valid: np.ndarray, order: Order) -> list[np.ndarray]:
-    """Return the coefficients of each lattice, shape (neighbor, i, j)."""
+def _sparse(band: np.ndarray, valid: np.ndarray, order: Order, bar: tqdm) -> list[np.ndarray]:
+    """Return the coefficients of each lattice, shape (neighbor, i, j); the bar counts pixels."""
     margin = int(np.ceil(order.radius))
     known = np.pad(valid, margin)
     result = []
@@ -311,43 +319,49 @@ def _sparse(band: np.ndarray, valid: np.ndarray, order: Order) -> list[np.ndarra
             # Pixels that say nothing new must not be used by others of their lattice: these are done again.
             beside = points[:, None] + offsets + margin
             use = known[beside[..., 0], beside[..., 1]]
-            values = _predictions(band, offsets, points, use)
+            values = _predictions(band, offsets, points, use, bar)
             lost = values[:, -1] ** -2.0 < order.support
             known[points[lost, 0] + margin, points[lost, 1] + margin] = False
             points, values, i, j = points[~lost], values[~lost], i[~lost], j[~lost]
             if not lost.any():
                 break
+            bar.total += len(points)
         coefficients[:, i, j] = values.T
         result.append(coefficients)
     return result
 
 
-def _predictions(band: np.ndarray, offsets: np.ndarray, points: np.ndarray, use: np.ndarray) -> np.ndarray:
+def _predictions(band: np.ndarray, offsets: np.ndarray, points: np.ndarray, use: np.ndarray, bar: tqdm) -> np.ndarray:
     """Return the rows of the whitening for points (n, 2), given which of their neighbors they may use, shape (n, neighbor)."""
     if band.shape[2:] == (1, 1) and len(points):
         # Where correlations are the same everywhere, rows differ by what is masked alone.
         patterns, which = np.unique(np.packbits(use, axis=1), axis=0, return_index=True, return_inverse=True)[1:]
-        rows = _predictions_of(band, offsets, np.zeros((len(patterns), 2), int), use[patterns])
+        bar.update(len(points) - len(patterns))
+        rows = _predictions_of(band, offsets, np.zeros((len(patterns), 2), int), use[patterns], bar)
         return rows[which.ravel()]
-    return _predictions_of(band, offsets, points, use)
+    return _predictions_of(band, offsets, points, use, bar)
 
 
-def _predictions_of(band, offsets, points, use) -> np.ndarray:
+def _predictions_of(band, offsets, points, use, bar) -> np.ndarray:
     """Return the rows of the whitening, batch by batch."""
     result = np.zeros(use.shape)
-    identity = np.eye(len(offsets))
+    diagonal = np.arange(len(offsets))
     for start in range(0, len(points), BATCH):
         part = slice(start, start + BATCH)
         both = use[part, :, None] & use[part, None, :]
         # Pixels that may not be used become independent of all others.
-        blocks = np.where(both, _blocks(band, offsets, points[part], use[part]), identity)
-        result[part] = np.where(use[part], _last_rows(blocks + JITTER * identity), 0.0)
+        blocks = np.where(both, _blocks(band, offsets, points[part], use[part]), 0.0)
+        blocks[:, diagonal, diagonal] += np.where(use[part], 0.0, 1.0) + JITTER
+        result[part] = np.where(use[part], _last_rows(blocks), 0.0)
+        bar.update(len(blocks))
     return result
 
 
 def _blocks(band, offsets, points, use=None) -> np.ndarray:
     """Return the correlations of the neighbors of points, ([n,] neighbor, neighbor): of all points if they are the same."""
     lags = offsets[None] - offsets[:, None]
+    if band.shape[2:] == (1, 1):
+        return _block(band, lags, None)
     places = points[:, None, None] + offsets[:, None]
     if use is not None:
         places = np.where(use[:, :, None, None], places, 0)

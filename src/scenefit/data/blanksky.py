@@ -23,10 +23,16 @@ MAX_LAG = 12
 """Pixels up to which correlations are looked for."""
 SIGNIFICANT = 4.0
 """Standard errors above which the correlation at a lag is taken for one."""
+LONG_RANGE = 0.05
+"""What is correlated by more than this at half the size of the image, or as far as one looks, isn't noise but a background."""
+NEAR = 3
+"""Pixels up to which correlations are thought to have a part in the errors of others."""
 MIN_PER_LAG, MIN_CLEAN, CERTAIN = 10, 200, 0.1
 """Clean pixels for each lag, and in all, at least; relative uncertainty of the power spectrum above which there is a warning."""
 KERNEL_ROOM = 2
 """Pixels by which the moving average that a correlation is fitted with reaches farther than the correlation."""
+FIT_TOLERANCE = 1e-4
+"""Relative change of chi-square at which the fit of a correlation ends: what is left is far below the standard errors."""
 VARIATION_SCALE = 1 / 6
 """Scale, in units of the image, on which a varying variance is smoothed."""
 
@@ -64,13 +70,13 @@ def measure_blank_sky(
     for channel, (plane, weight, use) in enumerate(zip(data, weights, usable, strict=True)):
         residual = np.where(use, plane, 0.0) * np.sqrt(weight)
         clean = blank_pixels(residual, use)
-        lag = _largest_lag(clean, use, max_lag, channel)
+        lags = [_largest_lag(clean, use, each, channel) for each in (max_lag, None)]
         residual = np.where(clean, residual - residual[clean].mean(), 0.0)
         variance = np.full((1, 1), residual[clean].var())
         if varying:
             variance = _local_variance(residual, clean)
             residual = residual / np.sqrt(variance)
-        functions.append(_correlation(residual, clean, lag, channel))
+        functions.append(_correlation(residual, clean, lags[0], max(lags), channel))
         variances.append(variance * (residual[clean].var() if varying else 1.0))
         masks.append(clean)
     reach = max(len(f) // 2 for f in functions)
@@ -143,16 +149,19 @@ def _local_variance(residual: np.ndarray, clean: np.ndarray) -> np.ndarray:
     return np.maximum(total / np.maximum(weight, 1e-3), 1e-12)
 
 
-def _correlation(residual: np.ndarray, clean: np.ndarray, max_lag: int, channel: int) -> np.ndarray:
-    """Return the correlation function, shape (2 R + 1, 2 R + 1), that of a moving average: positive definite."""
-    raw, count = (_autocorrelation(each, max_lag) for each in (residual, clean.astype(float)))
+def _correlation(residual: np.ndarray, clean: np.ndarray, max_lag: int, look: int, channel: int) -> np.ndarray:
+    """Return the correlation function, shape (2 R + 1, 2 R + 1), that of a moving average: positive definite.
+
+    Correlations farther away than `max_lag` don't count. Those `look` away, if there are any, are those of a background.
+    """
+    raw, count = (_autocorrelation(each, look) for each in (residual, clean.astype(float)))
     raw = raw / np.maximum(count, 1.0)
-    raw = raw / raw[max_lag, max_lag]
+    raw = raw / raw[look, look]
+    _check_background(raw, _standard_error(raw, count), channel)
+    raw, count = (_cut(each, max_lag) for each in (raw, count))
+    error = _standard_error(raw, count)
     lags = np.arange(-max_lag, max_lag + 1)
     distance = np.maximum(np.abs(lags[:, None]), np.abs(lags))
-    # Bartlett's formula (1946, Suppl. J. R. Stat. Soc. 8, 27) for lags without correlation.
-    near = np.where(distance <= min(max_lag, 3), raw**2, 0.0).sum()
-    error = np.sqrt(max(near, 1.0) / np.maximum(count, 1.0))
     significant = (np.abs(raw) > SIGNIFICANT * error) & (distance > 0)
     reach = int(distance[significant].max(initial=0))
     uncertainty = float(np.sqrt((2 * reach + 1) ** 2 / clean.sum()))
@@ -166,6 +175,32 @@ def _correlation(residual: np.ndarray, clean: np.ndarray, max_lag: int, channel:
         return np.ones((1, 1))
     wanted, error = (_cut(each, reach) for each in (raw, error))
     return _moving_average(wanted, error, reach + KERNEL_ROOM)
+
+
+def _standard_error(raw: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return the standard errors of a measured correlation, of `count` pairs of pixels at each lag.
+
+    Bartlett's formula (1946, Suppl. J. R. Stat. Soc. 8, 27) for lags without correlation.
+    """
+    near = (_cut(raw, min(len(raw) // 2, NEAR)) ** 2).sum()
+    return np.sqrt(max(near, 1.0) / np.maximum(count, 1.0))
+
+
+def _check_background(raw: np.ndarray, error: np.ndarray, channel: int):
+    """Raise ValueError if pixels as far apart as one looks are still correlated."""
+    far = len(raw) // 2
+    if far == 0:
+        return
+    inner = np.zeros_like(raw, dtype=bool)
+    inner[1:-1, 1:-1] = True
+    excess = np.where(inner, -np.inf, raw - SIGNIFICANT * error)
+    if excess.max() > LONG_RANGE:
+        found, uncertainty = (each.flat[excess.argmax()] for each in (raw, error))
+        raise ValueError(
+            f"The blank pixels of channel {channel} are still correlated by {found:.2g} +- {uncertainty:.1g} at a distance of "
+            f"{far}, as far as was looked: what varies so slowly is a background, which can be fitted, not noise. Subtract it, "
+            "or set background= of the observation; if it is noise, give a larger max_lag=."
+        )
 
 
 def _cut(function: np.ndarray, reach: int) -> np.ndarray:
@@ -198,8 +233,10 @@ def _moving_average(function: np.ndarray, error: np.ndarray, half: int) -> np.nd
     lags = np.arange(-half, half + 1)
     kernel = root[np.ix_(lags % size, lags % size)]
 
+    # Half of a symmetric function, its middle included, is all there is of it.
+    free, lags = kernel.size // 2 + 1, (4 * half + 1) ** 2 // 2 + 1
+
     def whole(values):
-        # Half of a symmetric kernel is all there is of it.
         return np.concatenate([values, values[-2::-1]]).reshape(kernel.shape)
 
     def correlation(values):
@@ -207,15 +244,21 @@ def _moving_average(function: np.ndarray, error: np.ndarray, half: int) -> np.nd
 
     # Beyond the reach of what is significant there is none.
     wanted, scale = np.pad(function, 2 * half - reach), np.pad(error, 2 * half - reach, mode="edge")
-    unit = np.eye(kernel.size // 2 + 1)
+    scale = scale.ravel()[:lags]
 
     def misfit(values):
-        return ((correlation(values) - wanted) / scale).ravel()
+        return (correlation(values) - wanted).ravel()[:lags] / scale
 
     def slopes(values):
-        columns = [2 * scipy.signal.convolve2d(whole(values), whole(each)) / scale for each in unit]
-        return np.stack([column.ravel() for column in columns], axis=-1)
+        # Convolved with one pixel, and the opposite one, the kernel is displaced.
+        displaced = np.lib.stride_tricks.sliding_window_view(np.pad(whole(values), 2 * half), wanted.shape)
+        displaced = displaced.reshape(kernel.size, -1)[:, :lags]
+        columns = 2 * (displaced + displaced[::-1])[:free]
+        columns[-1] /= 2
+        return (columns / scale).T
 
-    solution = scipy.optimize.least_squares(misfit, kernel.ravel()[: len(unit)], jac=slopes, max_nfev=50)
+    # MINPACK's: other methods decompose the slopes in singular values, which takes a hundred times longer.
+    options = {"method": "lm", "ftol": FIT_TOLERANCE, "max_nfev": 100}
+    solution = scipy.optimize.least_squares(misfit, kernel.ravel()[:free], jac=slopes, **options)
     result = correlation(solution.x)
     return result / result[2 * half, 2 * half]

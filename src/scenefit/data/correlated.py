@@ -11,8 +11,8 @@ from jax import Array
 
 from scenefit.arrays.vecchia import AbstractWhitening, Order, whitening
 from scenefit.data.abstractnoise import AbstractGaussianNoise
-from scenefit.data.blanksky import measure_blank_sky
-from scenefit.data.correlation import AbstractCorrelation, PropagatedCorrelation, StationaryCorrelation
+from scenefit.data.blanksky import LONG_RANGE, measure_blank_sky
+from scenefit.data.correlation import AbstractCorrelation, PropagatedCorrelation, StationaryCorrelation, propagate
 from scenefit.data.nuisances import SCALE
 from scenefit.data.weights import (
     as_positive,
@@ -29,8 +29,6 @@ LARGEST_LAG = 64
 """Correlations are followed no farther than so many pixels."""
 SMOOTH = 0.25
 """Frequency (cycles per pixel, along each axis) that models of sources hardly pass."""
-LONG_RANGE = 0.05
-"""Noise that is correlated by more than this at half the size of the image isn't noise but a background."""
 
 
 class CorrelatedNoise(AbstractGaussianNoise):
@@ -48,6 +46,9 @@ class CorrelatedNoise(AbstractGaussianNoise):
         See `StationaryCorrelation` for arrays.
     scale : float or array, shape (channel,)
         By what the standard deviations that follow from the weights are multiplied; can be fitted.
+    progress : bool
+        Whether to show a progress bar on standard error while the whitening is made, here or when a part of the image is used,
+        if that takes more than 2 s.
 
     Raises
     ------
@@ -62,10 +63,11 @@ class CorrelatedNoise(AbstractGaussianNoise):
     whitening: AbstractWhitening
     kept: np.ndarray | Array
     amplification: np.ndarray | Array
+    progress: bool = eqx.field(static=True)
     parameters: ClassVar = {"scale": SCALE}
     host_only: ClassVar = ("correlation",)
 
-    def __init__(self, weights, correlation, scale=1.0):
+    def __init__(self, weights, correlation, scale: np.ndarray | Array | float = 1.0, *, progress: bool = True):
         weights = as_weights(weights)
         self.scale = as_positive(scale, len(weights), "CorrelatedNoise wants a positive scale")
         if not isinstance(correlation, AbstractCorrelation):
@@ -74,19 +76,21 @@ class CorrelatedNoise(AbstractGaussianNoise):
             raise ValueError(f"The correlation has {correlation.num_channels} channels, the weights {len(weights)}.")
         if isinstance(correlation, PropagatedCorrelation) and correlation.shape != weights.shape[1:]:
             raise ValueError(f"The correlation is that of {correlation.shape} pixels, the weights {weights.shape[1:]}.")
-        self.weights, self.correlation = weights, correlation
+        self.weights, self.correlation, self.progress = weights, correlation, progress
         average = correlation.average()
         orders = correlation.orders(average)
         # One order for all channels: that of the channel which needs most.
         order = Order(
             *(pick(values) for pick, values in zip((min, max, max, max, max), zip(*orders, strict=True), strict=True))
         )
-        self.whitening = whitening(correlation.bands, self.valid, order)
+        self.whitening = whitening(correlation.bands, self.valid, order, progress)
         self.kept = np.broadcast_to(self.whitening.diagonal() > 0, weights.shape).astype(float)
         self.amplification = np.array([_amplification(each) for each in average])
 
     @classmethod
-    def from_power_spectrum(cls, power, *, weights=None, shape: tuple[int, int] | None = None) -> CorrelatedNoise:
+    def from_power_spectrum(
+        cls, power, *, weights=None, shape: tuple[int, int] | None = None, progress: bool = True
+    ) -> CorrelatedNoise:
         """Build the noise from its power spectrum.
 
         Parameters
@@ -98,6 +102,8 @@ class CorrelatedNoise(AbstractGaussianNoise):
             Inverse variances of pixels, 0 for no information; with them, the normalisation of the spectrum doesn't count.
         shape : (int, int), optional
             Of the image, if there are no weights; by default that of the spectrum.
+        progress : bool
+            See `CorrelatedNoise`.
 
         Raises
         ------
@@ -128,17 +134,18 @@ class CorrelatedNoise(AbstractGaussianNoise):
             weights = np.broadcast_to(1 / variance[:, None, None], (len(power), *(shape or power.shape[1:])))
         smaller = np.minimum(power.shape[1:], np.shape(weights)[1:])
         function = _checked_range(covariance[:, rows, columns] / variance[:, None, None], smaller)
-        return cls(weights, StationaryCorrelation(function))
+        return cls(weights, StationaryCorrelation(function), progress=progress)
 
     @classmethod
     def measured(
-        cls, data, weights, *, mask=None, max_lag: int | None = None, varying: bool = False
+        cls, data, weights, *, mask=None, max_lag: int | None = None, varying: bool = False, progress: bool = True
     ) -> CorrelatedNoise:
         """Build the noise from what pixels without sources look like.
 
         Parameters
         ----------
         data : array, shape (channel, y, x)
+            The sky subtracted, but for a constant.
         weights : array, shape (channel, y, x)
             Inverse variances, 0 for no information; only their ratios count: their normalisation is measured.
         mask : array of bool, shape (y, x) or (channel, y, x), optional
@@ -147,11 +154,14 @@ class CorrelatedNoise(AbstractGaussianNoise):
             Pixels up to which correlations are looked for.
         varying : bool
             Whether the variance in units of that of the weights changes slowly over the image.
+        progress : bool
+            See `CorrelatedNoise`.
 
         Raises
         ------
         ValueError
-            If shapes don't match, data with weight aren't finite, or too few clean pixels are left.
+            If shapes don't match, data with weight aren't finite, too few clean pixels are left, or these are still correlated
+            at the largest lag, as those of a sky that varies are.
 
         Warns
         -----
@@ -162,7 +172,40 @@ class CorrelatedNoise(AbstractGaussianNoise):
         blank = measure_blank_sky(
             np.asarray(data, dtype=float), np.asarray(weights), mask=mask, max_lag=max_lag, varying=varying
         )
-        return cls(weights / blank.variance, StationaryCorrelation(_checked_range(blank.function, weights.shape[1:])))
+        correlation = StationaryCorrelation(_checked_range(blank.function, weights.shape[1:]))
+        return cls(weights / blank.variance, correlation, progress=progress)
+
+    @classmethod
+    def propagated(cls, resampling, weights, shape: tuple[int, int], *, progress: bool = True) -> CorrelatedNoise:
+        """Build the noise of pixels that somebody else made as weighted sums of others: exactly `A D A^T`.
+
+        Parameters
+        ----------
+        resampling : sparse matrix of scipy, shape (y * x, input pixel)
+            The sums A: data are `A @ input`. Pixels are counted as in `image.ravel()`, y before x. The input may be any number of
+            images, one after the other; channels share the matrix. Rows without any input have no information.
+        weights : array, shape (channel, input pixel) or (channel, ...)
+            Inverse variances 1 / D of the input, whose noise is independent. Input without information has weight 0, and so has
+            every pixel with a share of it.
+        shape : (int, int)
+            Rows y and columns x of the result.
+        progress : bool
+            See `CorrelatedNoise`.
+
+        Raises
+        ------
+        TypeError
+            If the resampling isn't a sparse matrix.
+        ValueError
+            If shapes don't match, the matrix isn't finite, weights are negative, NaN or infinite, or no pixel has information.
+
+        Notes
+        -----
+        The weights of the pixels are the inverse of the diagonal of `A D A^T`. Pixels that follow from others but for 6 per cent
+        of their variance are left out of `modes`, as are those of images that have more pixels than input.
+        """
+        new_weights, correlation = propagate(resampling, weights, shape)
+        return cls(new_weights, correlation, progress=progress)
 
     @property
     def valid(self) -> np.ndarray:  # noqa: D102
@@ -199,7 +242,7 @@ class CorrelatedNoise(AbstractGaussianNoise):
         weights = restricted_weights(self.weights, keep, window)
         if weights.shape == self.weights.shape and ((weights > 0) == self.valid).all():
             return self
-        return CorrelatedNoise(weights, self._known_correlation().window(window), self.scale)
+        return CorrelatedNoise(weights, self._known_correlation().window(window), self.scale, progress=self.progress)
 
     def _known_correlation(self) -> AbstractCorrelation:
         """Return the correlation, of noise on the host."""

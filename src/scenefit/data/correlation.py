@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from scenefit.arrays.fourier import fast_length
 from scenefit.arrays.vecchia import Order, choose_order
+from scenefit.data.weights import as_weights
 
 NEGLIGIBLE = 1e-6
 """Correlations below this fraction are none."""
@@ -21,6 +22,9 @@ NEGATIVE = 1e-5
 SUPPORT, SUPPORT_OF_SUMS = 5e-4, 0.06
 """What `Order.support` is for correlation functions, and for weighted sums: these may have more pixels than there are numbers
 that they are made of, and are whitened best if as many pixels are used."""
+OVERSAMPLED, CRITICAL = 2.0, 1.05
+"""From so many pixels to an independent number on, along each axis, only every n-th row and column of them is whitened: n is the
+smallest that leaves fewer than the second number to an independent one, so that these are independent enough."""
 SAMPLED_PIXELS = 400
 """Pixels about which correlations that differ from place to place are averaged."""
 
@@ -201,6 +205,65 @@ class PropagatedCorrelation(AbstractCorrelation):
         pixel = np.repeat(np.arange(len(self.index)), self.index.shape[1])
         entries = (self.weight[channel].ravel(), (pixel, self.index.ravel()))
         return scipy.sparse.coo_matrix(entries, shape=(len(self.index), int(self.index.max()) + 1)).tocsr()
+
+
+def propagate(resampling, weights, shape: tuple[int, int]) -> tuple[np.ndarray, PropagatedCorrelation]:
+    """Return inverse variances (channel, y, x) and correlation of sums of independent noise; see `CorrelatedNoise.propagated`."""
+    matrix = _checked_resampling(resampling, shape)
+    weights = as_weights(np.asarray(weights))
+    if weights.ndim < 2 or np.prod(weights.shape[1:]) != matrix.shape[1]:
+        raise ValueError(
+            f"weights of the input want shape (channel, {matrix.shape[1]}), or (channel, y, x) of as many pixels as the "
+            f"resampling has columns; got {weights.shape}."
+        )
+    weights = weights.reshape(len(weights), -1)
+    counts = np.diff(matrix.indptr)
+    # The shares of each pixel side by side, as many as the pixel has that needs most.
+    row = np.repeat(np.arange(len(counts)), counts)
+    place = row, np.arange(matrix.nnz) - matrix.indptr[row]
+    index, share = (np.zeros((len(counts), max(counts.max(), 1)), kind) for kind in (int, float))
+    index[place], share[place] = matrix.indices, matrix.data
+    known = weights > 0
+    sigma = np.where(known, 1 / np.sqrt(np.where(known, weights, 1.0)), 0.0)
+    usable = (counts > 0) & ~((share != 0) & ~known[:, index]).any(axis=2)
+    if not usable.any():
+        raise ValueError("No pixel of the result is made of input with information alone; nothing to fit.")
+    weight = np.where(usable[..., None], share * sigma[:, index], 0.0)
+    variance = (weight**2).sum(axis=2)
+    inverse = np.where(usable, 1 / np.where(usable, variance, 1.0), 0.0).reshape(-1, *shape)
+    step = min(step_of(_density(index, *each)) for each in zip(weight**2, variance, strict=True))
+    return inverse, PropagatedCorrelation(index, weight, shape, step)
+
+
+def _density(index: np.ndarray, shares: np.ndarray, variance: np.ndarray) -> float:
+    """Return how many pixels there are to an independent number along an axis, from the parts of their variance; 0 for none."""
+    some = variance > 0
+    total = np.bincount(index[some].ravel(), (shares[some] / variance[some, None]).ravel())
+    # Numbers at the rim, which few pixels are made of, count by as much less.
+    return float(np.sqrt((total**2).sum() / total.sum())) if some.any() else 0.0
+
+
+def _checked_resampling(resampling, shape) -> scipy.sparse.csr_array:
+    """Return a resampling with the shares that aren't 0 alone, each once."""
+    if not scipy.sparse.issparse(resampling):
+        raise TypeError(
+            f"The resampling wants to be a sparse matrix of scipy, shape (y * x, input pixel); got a {type(resampling).__name__}."
+        )
+    if len(shape) != 2 or min(shape) < 1 or resampling.ndim != 2 or resampling.shape[0] != shape[0] * shape[1]:
+        raise ValueError(
+            f"The resampling wants a row for each pixel of the result, y * x of shape {tuple(shape)}; got {resampling.shape}."
+        )
+    matrix = scipy.sparse.csr_array(resampling, dtype=float, copy=True)
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    if bad := int((~np.isfinite(matrix.data)).sum()):
+        raise ValueError(f"The resampling wants finite shares of the input; {bad} are NaN or infinite.")
+    return matrix
+
+
+def step_of(density: float) -> int:
+    """Return every how many rows and columns of pixels are whitened, given how many there are to an independent number."""
+    return int(np.ceil(density / CRITICAL)) if density >= OVERSAMPLED else 1
 
 
 def torus_power(function: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

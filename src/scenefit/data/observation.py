@@ -333,8 +333,14 @@ class Observation(eqx.Module):
         """Return data minus `render(scene)`; 0 at pixels without information."""
         return np.where(self.noise.valid, self.data - self.render(scene), 0.0)
 
+    def on_frame(self) -> Observation:
+        """Return the observation without information outside the frame that it is matched to: as fits see it."""
+        inside = np.zeros(self.shape[1:], bool)
+        inside[self.matched_renderer.window.slices] = self.matched_renderer.inside
+        return self.with_noise(self.noise.restricted(inside, (slice(None), slice(None))))
+
     def chi_square(self, scene) -> np.ndarray:
-        """Return the chi-square of each channel."""
+        """Return the chi-square of each channel; pixels outside the frame count (see `on_frame`)."""
         unit = self.noise.level()
         residual = as_floats(self.residual(scene) / unit[:, None, None])
         return np.asarray(self.noise.scaled(unit).chi_square(residual))

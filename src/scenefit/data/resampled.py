@@ -6,16 +6,12 @@ import numpy as np
 from astropy.wcs import WCS
 
 from scenefit.data.correlated import CorrelatedNoise
-from scenefit.data.correlation import PropagatedCorrelation
+from scenefit.data.correlation import PropagatedCorrelation, step_of
 from scenefit.data.noise import WhiteNoise
 from scenefit.data.nuisances import Astrometry, Calibration
 from scenefit.data.observation import Observation, naming
 from scenefit.data.resample import Resampling
 from scenefit.sky.frame import Frame, pixel_map
-
-OVERSAMPLED, CRITICAL = 2.0, 1.05
-"""From so many target pixels to a native one on, along each axis, only every n-th row and column of them is whitened: n is the
-smallest that leaves fewer than the second number to a native pixel, so that these are independent enough."""
 
 
 class CorrelatedObservation:
@@ -30,6 +26,7 @@ class CorrelatedObservation:
         mask=None,
         max_lag: int | None = None,
         varying: bool = False,
+        progress: bool = True,
     ) -> Observation:
         """Return an observation with the noise that its pixels really have.
 
@@ -47,6 +44,8 @@ class CorrelatedObservation:
             Of the Lanczos kernel, 2 to 5: see `Resampling`.
         mask, max_lag, varying
             For noise that is measured: see `CorrelatedNoise.measured`.
+        progress : bool
+            Whether to show a progress bar on standard error: see `CorrelatedNoise`.
 
         Returns
         -------
@@ -58,7 +57,8 @@ class CorrelatedObservation:
         TypeError
             If the observation or the target isn't one.
         ValueError
-            If its noise isn't white, too few pixels are clean, its `astrometry` has a rotation, or the target is elsewhere.
+            If its noise isn't white, too few pixels are clean, what is to be measured is a background, its `astrometry` has a
+            rotation, or the target is elsewhere.
         """
         if not isinstance(obs, Observation):
             raise TypeError(f"CorrelatedObservation.from_observation wants an Observation; got a {type(obs).__name__}.")
@@ -71,9 +71,9 @@ class CorrelatedObservation:
             weights = np.asarray(obs.noise.weights, dtype=float) / np.asarray(obs.noise.scale)[:, None, None] ** 2
             if resample_to is None:
                 residual = obs.data - obs.background_image()
-                noise = CorrelatedNoise.measured(residual, weights, mask=mask, max_lag=max_lag, varying=varying)
-                return obs.with_noise(noise)
-        return _resampled(obs, weights, *_grid(resample_to), order)
+                options = {"mask": mask, "max_lag": max_lag, "varying": varying, "progress": progress}
+                return obs.with_noise(CorrelatedNoise.measured(residual, weights, **options))
+        return _resampled(obs, weights, *_grid(resample_to), order, progress)
 
 
 def _grid(target) -> tuple[WCS | None, tuple[int, int]]:
@@ -88,7 +88,9 @@ def _grid(target) -> tuple[WCS | None, tuple[int, int]]:
     )
 
 
-def _resampled(obs: Observation, weights: np.ndarray, wcs, shape: tuple[int, int], order: int) -> Observation:
+def _resampled(
+    obs: Observation, weights: np.ndarray, wcs, shape: tuple[int, int], order: int, progress: bool
+) -> Observation:
     """Return the observation, with its weights, on other pixels."""
     valid = weights > 0
     with naming(obs.name):
@@ -108,14 +110,12 @@ def _resampled(obs: Observation, weights: np.ndarray, wcs, shape: tuple[int, int
     variance = (weight**2).sum(axis=2).reshape(data.shape)
     to_native = np.linalg.inv(resampling.affine)
     area = abs(np.linalg.det(to_native))
-    density = 1 / np.sqrt(area)
-    step = int(np.ceil(density / CRITICAL)) if density >= OVERSAMPLED else 1
-    correlation = PropagatedCorrelation(rows[0].index, weight, shape, step)
+    correlation = PropagatedCorrelation(rows[0].index, weight, shape, step_of(1 / np.sqrt(area)))
     new_weights = np.where(usable, 1 / np.where(usable, variance, 1.0), 0.0)
     middle = pixel_map(wcs, obs.wcs, *((n - 1) / 2 for n in shape)) - [(n - 1) / 2 for n in obs.shape[1:]]
     return Observation(
         data,
-        noise=CorrelatedNoise(new_weights, correlation),
+        noise=CorrelatedNoise(new_weights, correlation, progress=progress),
         psf=resampling.resampled_psf(obs.psf),
         wcs=wcs,
         channels=obs.channels,

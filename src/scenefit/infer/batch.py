@@ -109,7 +109,7 @@ class _Member:
         self.scene, self.begin = scene, time.perf_counter()
         self.observations = [matched(obs, scene.frame, known) for obs in observations]
         self.parameters = Parameters.default(scene, self.observations) if parameters is None else parameters
-        self.parameters.check_anchored()
+        self.parameters.check_anchored(scene, self.observations)
         self.problem, self.state, self.layout = posterior.build(
             scene, self.observations, self.parameters, whole_frame=True
         )

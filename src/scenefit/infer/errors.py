@@ -1,7 +1,10 @@
-"""Standard errors of all free parameters at the best fit, for scenes of few parameters."""
+"""Standard errors and covariances of all free parameters at the best fit, for scenes of few parameters."""
 
 from __future__ import annotations
 
+import warnings
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +14,53 @@ from scenefit.infer import posterior
 from scenefit.infer.dense import MAX_COORDINATES, dense_footprints, hessian
 from scenefit.infer.fit import FitResult
 from scenefit.infer.footprints import Footprints
-from scenefit.infer.inverse import covariance_of
+from scenefit.infer.inverse import covariance_of, entry_names, undetermined_names
 from scenefit.infer.problem import Problem, State
 
 
-def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
-    """Return the standard errors of all free parameters, everything else marginalised.
+class ParameterCovariance(eqx.Module):
+    """Covariance of all free parameters of a fit.
 
-    From the inverse of the Hessian that is expected of such data (their Fisher information and the curvature of the priors) and
-    the derivative of the parameters; values at a bound count as free. `sample(result, "laplace")` has the exact Hessian, and
-    judges it.
+    `covariance[path]` is the covariance of one parameter, `covariance[path, other]` that of two.
+
+    Attributes
+    ----------
+    matrix : array, shape (n, n)
+        Of all entries of all free parameters, in their units; symmetric. Infinite variances, and no covariances, for entries
+        that nothing determines.
+    names : list of str
+        What each row is: path and, for arrays, the indices of the entry.
+    places : dict of array of int
+        Rows by path, of the parameter's shape.
+    """
+
+    matrix: np.ndarray
+    names: list[str]
+    places: dict[str, np.ndarray]
+
+    def __getitem__(self, paths: str | tuple[str, str]) -> np.ndarray:
+        """Return the covariances of the entries of two parameters, or of one, shape (*shape of first, *shape of second).
+
+        Raises
+        ------
+        KeyError
+            If there is no free parameter at a path.
+        """
+        first, second = (paths, paths) if isinstance(paths, str) else paths
+        if unknown := sorted({first, second} - set(self.places)):
+            raise KeyError(f"There is no free parameter {unknown}; there are {list(self.places)}.")
+        rows, columns = self.places[first], self.places[second]
+        return self.matrix[np.ix_(rows.ravel(), columns.ravel())].reshape(*rows.shape, *columns.shape)
+
+    @property
+    def errors(self) -> dict[str, np.ndarray]:
+        """Standard errors by path, in the parameters' units and shapes."""
+        errors = np.sqrt(np.maximum(np.diag(self.matrix), 0.0))
+        return {path: errors[rows] for path, rows in self.places.items()}
+
+
+def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
+    """Return the standard errors of all free parameters, everything else marginalised: those of `parameter_covariance`.
 
     Parameters
     ----------
@@ -30,7 +70,37 @@ def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
     Returns
     -------
     dict of array
-        By path, in the parameters' units and shapes; infinite where nothing determines them.
+        By path, in the parameters' units and shapes; infinite, with a warning, where nothing determines them.
+
+    Raises
+    ------
+    ValueError
+        If there are free images or too many parameters.
+    """
+    return parameter_covariance(result).errors
+
+
+def parameter_covariance(result: FitResult) -> ParameterCovariance:
+    """Return the covariance of all free parameters.
+
+    It is `D H^-1 D^T`, with the Hessian H that is expected of such data (their Fisher information and the curvature of the
+    priors) and the derivative D of the parameters along its coordinates; values at a bound count as free. `sample(result,
+    "laplace")` has the exact Hessian, and judges it.
+
+    Parameters
+    ----------
+    result : FitResult
+        Without free images, and with few free parameters.
+
+    Returns
+    -------
+    ParameterCovariance
+        In the parameters' units. Tied parameters are there, too, with a correlation of 1.
+
+    Warns
+    -----
+    UserWarning
+        If the Hessian is singular to rounding: names the parameters that take part in each direction which nothing determines.
 
     Raises
     ------
@@ -40,15 +110,34 @@ def parameter_errors(result: FitResult) -> dict[str, np.ndarray]:
     problem, state, layout = posterior.build(result.scene, result.observations, result.parameters, whole_frame=True)
     where = dense_footprints(problem, layout, result.scene, result.observations)
     if where is None:
-        raise ValueError(f"parameter_errors wants 1 to {MAX_COORDINATES} free numbers and no free image.")
-    matrix, slopes = (np.asarray(part, dtype=float) for part in _information(problem, state, where))
-    covariance = covariance_of(matrix)
+        raise ValueError(f"Errors of all parameters want 1 to {MAX_COORDINATES} free numbers and no free image.")
+    information, slopes = (np.asarray(part, dtype=float) for part in _information(problem, state, where))
+    covariance = covariance_of(information)
     lost = ~np.isfinite(np.diag(covariance))
-    finite = np.where(np.isfinite(covariance), covariance, 0.0)
-    variance = np.einsum("em,mk,ek->e", slopes, finite, slopes)
-    errors = np.where((slopes[:, lost] != 0).any(axis=1), np.inf, np.sqrt(np.maximum(variance, 0.0)))
-    fitted = result.parameters.is_fitted
-    return {path: errors[numbers] * units for path, (numbers, units) in layout.places.items() if fitted(path)}
+    if lost.any():
+        _warn_undetermined(undetermined_names(problem, layout, np.asarray(where.index), information))
+    fitted = {path: place for path, place in layout.places.items() if result.parameters.is_fitted(path)}
+    slopes = np.concatenate([slopes[numbers.ravel()] * units.ravel()[:, None] for numbers, units in fitted.values()])
+    matrix = slopes @ np.where(np.isfinite(covariance), covariance, 0.0) @ slopes.T
+    unknown = (slopes[:, lost] != 0).any(axis=1)
+    matrix[unknown | unknown[:, None]] = 0.0
+    matrix[unknown, unknown] = np.inf
+    names = [name for path, (numbers, _) in fitted.items() for name in entry_names(path, numbers.shape)]
+    sizes = [numbers.size for numbers, _ in fitted.values()]
+    rows = np.split(np.arange(len(names)), np.cumsum(sizes)[:-1])
+    places = {path: row.reshape(numbers.shape) for row, (path, (numbers, _)) in zip(rows, fitted.items(), strict=True)}
+    return ParameterCovariance(0.5 * (matrix + matrix.T), names, places)
+
+
+def _warn_undetermined(groups: list[str]):
+    """Warn of what neither the data nor a prior determine."""
+    warnings.warn(
+        "Neither the data nor a prior determine "
+        + "; nor ".join(groups)
+        + ". Their errors are infinite: fix some of them, or give "
+        "them priors.",
+        stacklevel=3,
+    )
 
 
 @compiled

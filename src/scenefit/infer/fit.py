@@ -145,7 +145,8 @@ def fit(
     Raises
     ------
     ValueError
-        If every observation's shift or rotation is free, names repeat, a start is out of its range or the model isn't finite.
+        If shifts, rotations or flux scales are free without an anchor (`Parameters.check_anchored`), names repeat, a start is out
+        of its range or the model isn't finite.
     RuntimeError
         If `throw` and the fit didn't converge.
     """
@@ -156,7 +157,7 @@ def fit(
     observations = [obs.match(scene.frame) for obs in observations]
     matched = time.perf_counter()
     parameters = Parameters.default(scene, observations) if parameters is None else parameters
-    parameters.check_anchored()
+    parameters.check_anchored(scene, observations)
     run = _Run(scene, observations, parameters, method, rtol, max_steps, callback)
     with tqdm(total=max_steps, desc="fit", disable=not progress, leave=True, unit="step") as bar:
         status = run.finish(bar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem
@@ -12,6 +13,9 @@ SINGULAR = 1e-7
 along their directions the data say nothing."""
 PART = 1e-2
 """A coordinate takes part in a direction of unit length if its component is larger than this."""
+LINKED, CHIEF = 0.1, 0.2
+"""Coordinates are named together if the cosine between their projections onto what is lost is larger, and their own projection is
+larger than this part of the largest."""
 
 
 def covariance_of(information: np.ndarray) -> np.ndarray:
@@ -35,10 +39,20 @@ def covariance_of(information: np.ndarray) -> np.ndarray:
 
 
 def undetermined(information: np.ndarray) -> list[np.ndarray]:
-    """Return the coordinates that take part in each direction along which the information is singular."""
+    """Return the sets of coordinates that take part in directions along which the information is singular.
+
+    Where it is singular along several directions, any of their combinations are, too; the projection onto all of them is unique,
+    and the blocks of its matrix are the sets.
+    """
     values, vectors, _ = _scaled_eigenvectors(information)
-    lost = vectors[:, values <= SINGULAR * values.max(initial=0.0)].T
-    return [np.nonzero(np.abs(direction) > max(PART, 0.2 * np.abs(direction).max()))[0] for direction in lost]
+    lost = vectors[:, values <= SINGULAR * values.max(initial=0.0)]
+    projection = lost @ lost.T
+    share = np.sqrt(np.diag(projection))
+    linked = np.abs(projection) > LINKED * share[:, None] * share
+    taking_part = share > PART
+    _, block = connected_components(linked & taking_part & taking_part[:, None], directed=False)
+    sets = [np.nonzero(taking_part & (block == number))[0] for number in np.unique(block[taking_part])]
+    return [members[share[members] > CHIEF * share[members].max()] for members in sets]
 
 
 def coordinate_names(problem: Problem, layout: Layout, index: np.ndarray) -> list[str]:
@@ -46,13 +60,23 @@ def coordinate_names(problem: Problem, layout: Layout, index: np.ndarray) -> lis
     names = np.full(len(problem.lowest.vector), "", object)
     coordinates = np.asarray(problem.index)
     for path, (elements, _) in layout.places.items():
-        for place in np.ndindex(elements.shape):
-            coordinate = coordinates[elements[place]]
-            entry = f"[{','.join(str(i) for i in place)}]" if place else ""
+        for name, element in zip(entry_names(path, elements.shape), elements.ravel(), strict=True):
+            coordinate = coordinates[element]
             # Tied parameters share a coordinate; the one that isn't tied has it for its own.
-            if not names[coordinate] or coordinate == elements[place]:
-                names[coordinate] = path + entry
+            if not names[coordinate] or coordinate == element:
+                names[coordinate] = name
     return [str(name) for name in names[np.asarray(index)]]
+
+
+def undetermined_names(problem: Problem, layout: Layout, index: np.ndarray, information: np.ndarray) -> list[str]:
+    """Return the names of the parameters, with their entries, in each set that is `undetermined`."""
+    names = coordinate_names(problem, layout, index)
+    return [", ".join(names[number] for number in group) for group in undetermined(information)]
+
+
+def entry_names(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the names of the entries of a parameter: its path, and the indices if it has any."""
+    return [path + (f"[{','.join(str(i) for i in place)}]" if place else "") for place in np.ndindex(shape)]
 
 
 def _scaled_eigenvectors(matrix: np.ndarray):

@@ -20,12 +20,12 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse.csgraph import connected_components
 
 from scenefit.arrays.compilation import as_floats, as_integers, compiled
+from scenefit.arrays.progress import with_progress
 from scenefit.data.observation import Observation
 from scenefit.infer.footprints import covered_pixels, disjoint_colors
 from scenefit.infer.inverse import covariance_of
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
-from scenefit.infer.progress import with_progress
 from scenefit.infer.quadratic import (
     ConjugateIterate,
     above_zero,
@@ -103,7 +103,7 @@ def marginal_covariance(
     numbers = [int(i) for i in index]
     columns = [
         np.asarray(_inverse_column(problem, state, as_integers(i), probes))[numbers]
-        for i in with_progress(numbers, "errors of offsets", progress)
+        for i in with_progress(numbers, "errors of observations", progress)
     ]
     covariance = np.array(columns, dtype=float).reshape(len(columns), len(columns))
     return 0.5 * (covariance + covariance.T)

@@ -14,6 +14,7 @@ from astropy.table import QTable
 from jaxtyping import Array
 
 from scenefit.arrays.compilation import as_floats, compiled
+from scenefit.arrays.progress import with_progress
 from scenefit.data.observation import Observation
 from scenefit.infer import chains, diagnostics, guides, posterior, truncated
 from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
@@ -21,7 +22,6 @@ from scenefit.infer.diagnostics import Diagnostics, PosteriorStatus
 from scenefit.infer.fit import FitResult
 from scenefit.infer.linear import LinearModel, data_losses, linear_model
 from scenefit.infer.problem import Problem, State
-from scenefit.infer.progress import with_progress
 from scenefit.infer.target import Target, laplace_target
 from scenefit.model.link import AbstractCurve, AbstractLink
 from scenefit.model.scene import Scene

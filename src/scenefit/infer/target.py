@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scenefit.arrays.compilation import as_booleans, as_floats, compiled
 from scenefit.infer.dense import hessian, is_mapped
 from scenefit.infer.footprints import Footprints
-from scenefit.infer.inverse import coordinate_names, covariance_of, undetermined
+from scenefit.infer.inverse import covariance_of, undetermined_names
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import AMPLITUDES, Problem, State, smooth_range
 
@@ -232,8 +232,7 @@ def _of_amplitudes(problem: Problem) -> np.ndarray:
 
 def _raise_undetermined(problem, layout, index, information):
     """Raise ValueError that names what nothing determines."""
-    names = coordinate_names(problem, layout, index)
-    groups = [", ".join(names[number] for number in group) for group in undetermined(information)]
+    groups = undetermined_names(problem, layout, index, information)
     raise ValueError(
         "Neither the data nor a prior determine the combination of "
         + "; nor that of ".join(groups)

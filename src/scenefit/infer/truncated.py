@@ -8,7 +8,7 @@ from arviz_stats.base.array import array_stats
 from scipy.special import log_ndtr, logsumexp, ndtri_exp
 from tqdm.auto import tqdm
 
-from scenefit.infer.progress import DELAY_SECONDS
+from scenefit.arrays.progress import DELAY_SECONDS
 
 MAX_BOUNCES = 10_000
 """Bounces off walls of a trajectory at most; a few are usual."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import astropy.units as u
 import equinox as eqx
@@ -155,10 +156,19 @@ class Parameters(eqx.Module):
         return self._change(pattern, free=False)
 
     def free(self, pattern: str, *, prior: dist.Distribution | None = None) -> Parameters:
-        """Return a copy in which the parameters that match are fitted, under a prior if one is given."""
+        """Return a copy in which the parameters that match are fitted, under a prior if one is given.
+
+        Raises
+        ------
+        KeyError
+            If no parameter matches.
+        ValueError
+            If nothing then says where the model lies, how it is turned or how bright it is: see `check_anchored`.
+        """
         changed = self._change(pattern, free=True)
+        changed = changed if prior is None else changed.prior(pattern, prior)
         changed.check_anchored()
-        return changed if prior is None else changed.prior(pattern, prior)
+        return changed
 
     def prior(self, pattern: str, prior: dist.Distribution | None) -> Parameters:
         """Return a copy in which the parameters that match have that prior on each element (None: flat).
@@ -229,15 +239,26 @@ class Parameters(eqx.Module):
                 table.setdefault(parameter.path, parameter.replace(free=False))
         return Parameters(table, self.pixel_scale)
 
-    def check_anchored(self):
-        """Raise ValueError if every observation's shift or rotation is free: the model's own place is then undefined."""
-        for name, lies in (("shift", "where the model lies"), ("rotation", "how the model is turned")):
-            own = [p for p in self if p.path.startswith("observations.") and p.path.endswith(f".astrometry.{name}")]
-            if own and all(self.is_fitted(p.path) for p in own):
-                raise ValueError(
-                    f"All observations' astrometry.{name} are free; nothing then says {lies}. "
-                    f"Keep at least one of {[p.path for p in own]} fixed as the anchor."
-                )
+    def check_anchored(self, scene=None, observations=()):
+        """Raise ValueError if nothing says where the model lies, how it is turned or how bright it is.
+
+        Data stay the same if all centers move one way and the shifts of all observations the other way; likewise for rotations,
+        and for flux scales and fluxes. So one of these must be fixed or have a prior. The place of a free image doesn't count:
+        its pixels can move the light.
+
+        Parameters
+        ----------
+        scene, observations : Scene and sequence of Observation, optional
+            With them, an anchor only holds for what has a channel in common with it, directly or through others.
+        """
+        free = [path for path, parameter in self.table.items() if self.table[parameter.tied_to or path].free]
+        names = [name for name in ANCHORED if any(path.endswith(f".{name}") for path in free)]
+        if not names:
+            return
+        channels = [_any_channel(self.table)] if scene is None else _channels_of(scene, observations)
+        found = [line for name in names for line in _unanchored(self.table, name, channels)]
+        if found:
+            raise ValueError("\n".join(found))
 
     def _change(self, pattern, **changes) -> Parameters:
         """Return a copy with attributes of the matching parameters changed."""
@@ -292,6 +313,87 @@ def is_image(path: str) -> bool:
     """Return whether a path is that of a free image."""
     branch, _, name = path.rpartition(".")
     return name in IMAGES and branch.endswith(".morphology")
+
+
+ANCHORED = {
+    "astrometry.shift": "where the model lies",
+    "astrometry.rotation": "how the model is turned",
+    "calibration.flux_scale": "how bright the model is",
+}
+"""Parameters of observations of which not all may be free, and what would be left open."""
+
+
+class _Channel(NamedTuple):
+    """What has a channel: observations and components by path, and the entry of their arrays that is about it."""
+
+    name: str | tuple
+    observations: list[tuple[str, int]]
+    sources: list[tuple[str, int]]
+
+
+def _any_channel(table: Mapping[str, Parameter]) -> _Channel:
+    """Return a channel that all observations and sources have."""
+    ends = ".astrometry.shift", ".spectrum.flux"
+    return _Channel("", *([(path.removesuffix(end), 0) for path in table if path.endswith(end)] for end in ends))
+
+
+def _channels_of(scene, observations) -> list[_Channel]:
+    """Return what has each channel of a scene."""
+    entries = [(path, component.spectrum.layout(scene.frame.channels)) for path, component in scene.components()]
+    return [
+        _Channel(
+            name,
+            [(f"observations.{o.name}", o.channels.index(name)) for o in observations if name in o.channels],
+            [(path, int(entry[number])) for path, entry in entries if entry[number] >= 0],
+        )
+        for number, name in enumerate(scene.frame.channels)
+    ]
+
+
+def _unanchored(table: Mapping[str, Parameter], name: str, channels: list[_Channel]) -> list[str]:
+    """Return what is to be said of the parameters `name` of observations that have no anchor."""
+    root = {path: parameter.tied_to or path for path, parameter in table.items()}
+    loose = {path for path in root.values() if table[path].free}
+    loose -= {root[path] for path, parameter in table.items() if parameter.prior is not None and not is_image(path)}
+    sets = [_exchangeable(table, name, channel) for channel in channels]
+    lost: dict[tuple[str, ...], list] = {}
+    for group in _joined(sets):
+        paths = {path for path, _ in group}
+        if paths <= loose:
+            own = tuple(path for path in table if path.endswith(f".{name}") and root[path] in paths)
+            lost.setdefault(own, []).extend(c.name for c, part in zip(channels, sets, strict=True) if part & group)
+    parts = {own: "" if len(names) == len(channels) else f" in {names}" for own, names in lost.items()}
+    return [
+        f"All observations' {name} are free{part}; nothing then says {ANCHORED[name]}. "
+        f"Keep at least one of {list(own)} fixed as the anchor, or give it a prior."
+        for own, part in parts.items()
+    ]
+
+
+def _exchangeable(table: Mapping[str, Parameter], name: str, channel: _Channel) -> set[tuple[str, int]]:
+    """Return the parameters (path, entry) in a channel that stand for one another: `name`, and fluxes or places of sources."""
+    if not (channel.sources and channel.observations):
+        return set()
+    by_entry = name == "calibration.flux_scale"
+    nodes = [(f"{path}.{name}", entry) for path, entry in channel.observations]
+    nodes += [(f"{path}.spectrum.flux" if by_entry else _place(table, path), entry) for path, entry in channel.sources]
+    roots = {path: (table[path].tied_to if path in table else None) or path for path, _ in nodes}
+    return {(roots[path], entry if by_entry else 0) for path, entry in nodes}
+
+
+def _place(table: Mapping[str, Parameter], source: str) -> str:
+    """Return the path of what says where a component lies: of its free image, or its center."""
+    images = [f"{source}.morphology.{name}" for name in IMAGES]
+    return next((path for path in images if path in table and table[path].free), f"{source}.center")
+
+
+def _joined(sets) -> list[set]:
+    """Return sets merged until no two have a member in common; none that is empty."""
+    groups: list[set] = []
+    for members in filter(None, sets):
+        touching = [group for group in groups if not group.isdisjoint(members)]
+        groups = [group for group in groups if group.isdisjoint(members)] + [members.union(*touching)]
+    return groups
 
 
 def _component_parameters(path, component) -> dict[str, Parameter]:

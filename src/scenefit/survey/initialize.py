@@ -13,8 +13,8 @@ from astropy.coordinates import SkyCoord
 from scipy import ndimage
 
 from scenefit.arrays.box import Box
+from scenefit.arrays.progress import with_progress
 from scenefit.data.observation import Observation
-from scenefit.infer.progress import with_progress
 from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene

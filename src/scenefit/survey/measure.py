@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import numpy as np
 import scipy.optimize
 from scipy import ndimage
 
-from scenefit.infer.progress import with_progress
+from scenefit.arrays.box import Box
+from scenefit.arrays.progress import with_progress
 from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
-from scenefit.model.source import Source
+from scenefit.model.source import AbstractSource, Source
 
 SMOOTHING = 1.0
 """Standard deviation, in pixels, of the Gaussian that an image is smoothed with before its moments are taken: a matched
 weight as narrow as the model PSF would be sampled too coarsely. Taken out again."""
+MARGIN = int(np.ceil(4 * SMOOTHING))
+"""Pixels around an image that its light is smoothed into."""
 
 
 class Flag(enum.IntFlag):
@@ -78,45 +81,81 @@ def measure_shapes(
     list of Shape
         One a source, in order.
     """
-    channels = scene.frame.channels
-    spectra = {path: np.asarray(c.spectrum.evaluate(channels), dtype=float) for path, c in scene.components()}
-    if channel_weights is None:
-        total = np.sum([np.zeros(len(channels)), *spectra.values()], axis=0)
-        channel_weights = np.where(total > 0, 1 / np.where(total > 0, total, 1.0), 0.0)
+    weights = default_channel_weights(scene) if channel_weights is None else np.asarray(channel_weights, dtype=float)
     stamps, sigma = scene.stamps(), model_psf_sigma(scene.frame)
     result = []
     for name, source in with_progress(scene.sources.items(), "shapes", progress):
-        paths = [path for path, _ in source.components(f"sources.{name}")]
-        fluxes = [spectra[path] * channel_weights for path in paths]
-        box = stamps[paths[0]][0]
-        for path in paths[1:]:
-            box = box.union(stamps[path][0])
-        image = np.zeros(box.shape)
-        for path, flux in zip(paths, fluxes, strict=True):
-            part, stamp = stamps[path]
-            image[part.shift((-box.origin[0], -box.origin[1])).slices] += np.einsum(
-                "c,cyx->yx", flux, np.broadcast_to(stamp, (len(flux), *stamp.shape[1:]))
-            )
+        box, image = source_image(scene, name, stamps, weights)
         first = next(iter(source.components("")))[1]
-        is_analytic = isinstance(source, Source) and not isinstance(source.morphology, AbstractImageMorphology)
         start = np.asarray(first.center, dtype=float) - box.origin
-        shape = _measure_image(image, start, sigma, is_analytic)
+        shape = _measure_image(image, start, sigma, has_own_center(source))
         result.append(Shape(shape.center + box.origin, shape.half_light_radius, shape.moments))
     return result
+
+
+def default_channel_weights(scene: Scene) -> np.ndarray:
+    """Return the inverse of each channel's flux in the whole scene, shape (channel,); 0 where there is none."""
+    channels = scene.frame.channels
+    spectra = [np.asarray(c.spectrum.evaluate(channels), dtype=float) for _, c in scene.components()]
+    total = np.sum([np.zeros(len(channels)), *spectra], axis=0)
+    return np.where(total > 0, 1 / np.where(total > 0, total, 1.0), 0.0)
+
+
+def has_own_center(source: AbstractSource) -> bool:
+    """Return whether a source is where its center says: one profile, no sum of parts and no free image."""
+    return isinstance(source, Source) and not isinstance(source.morphology, AbstractImageMorphology)
+
+
+def source_image(
+    scene: Scene, name: str, stamps: Mapping[str, tuple[Box, np.ndarray]], channel_weights: np.ndarray
+) -> tuple[Box, np.ndarray]:
+    """Return where a source's light is, and its image there, the channels added with weights.
+
+    Parameters
+    ----------
+    scene : Scene
+    name : str
+        Of the source.
+    stamps : dict of (Box, array)
+        Of all components of the scene, as `Scene.stamps` gives them.
+    channel_weights : array, shape (channel,)
+
+    Returns
+    -------
+    box : Box
+        On the frame: that of all parts together.
+    image : array, shape (h, w)
+    """
+    parts = list(scene.sources[name].components(f"sources.{name}"))
+    box = stamps[parts[0][0]][0]
+    for path, _ in parts[1:]:
+        box = box.union(stamps[path][0])
+    image = np.zeros(box.shape)
+    for path, part in parts:
+        place, stamp = stamps[path]
+        flux = np.asarray(part.spectrum.evaluate(scene.frame.channels), dtype=float) * channel_weights
+        image[place.shift((-box.origin[0], -box.origin[1])).slices] += np.einsum(
+            "c,cyx->yx", flux, np.broadcast_to(stamp, (len(flux), *stamp.shape[1:]))
+        )
+    return box, image
 
 
 def _measure_image(image: np.ndarray, start: np.ndarray, psf_sigma: float, keep_center: bool) -> Shape:
     """Measure an image with its center near `start`, or there (`keep_center`)."""
     if not image.sum() > 0:
         return Shape(start, float("nan"), np.full((2, 2), np.nan))
-    margin = int(np.ceil(4 * SMOOTHING))
-    smooth = ndimage.gaussian_filter(np.pad(image, margin), SMOOTHING, mode="constant")
-    center, moments = _adaptive_moments(smooth, start + margin)
-    center = start if keep_center else center - margin
+    smooth = ndimage.gaussian_filter(np.pad(image, MARGIN), SMOOTHING, mode="constant")
+    center, moments = _adaptive_moments(smooth, start + MARGIN)
+    center = start if keep_center else center - MARGIN
     moments = moments - (psf_sigma**2 + SMOOTHING**2) * np.eye(2)
-    # As if all were Gaussian; a pixel has the variance 1/12.
-    squared = _half_light_radius(image, center) ** 2 - 2 * np.log(2) * (psf_sigma**2 + 1 / 12)
+    squared = _half_light_radius(image, center) ** 2 - blurring(psf_sigma)
     return Shape(center, float(np.sqrt(max(squared, 0.0))), moments)
+
+
+def blurring(psf_sigma: float) -> float:
+    """Return what the model PSF and a pixel add to the square of a half-light radius, as if all were Gaussian."""
+    # A pixel has the variance 1/12.
+    return 2 * np.log(2) * (psf_sigma**2 + 1 / 12)
 
 
 def _adaptive_moments(image: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

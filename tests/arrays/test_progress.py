@@ -1,6 +1,6 @@
 import time
 
-from scenefit.infer import progress
+from scenefit.arrays import progress
 
 
 def test_quick_work_shows_nothing(capsys):
