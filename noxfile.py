@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # With several threads, OpenBLAS takes a hundred times as long for small matrices where cores are shared.
 ENVIRONMENT = {"MPLBACKEND": "Agg", "OPENBLAS_NUM_THREADS": "1"}
+# Compilation, on one core, is most of what tests take. The tests of a module share what they compiled.
+PYTEST = ("pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 # Scripts of benchmarks/ that measure nothing: run only when named.
 NO_BENCH = ("make_demo_field",)
 # What each benchmark compares with, in an environment of its own.
@@ -64,7 +66,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     session.install("-e", ".[dev,sim]")
-    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+    session.run(*PYTEST, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
@@ -73,7 +75,7 @@ def tests_oldest(session: nox.Session) -> None:
     constraints = Path(session.create_tmp()) / "lower_bounds.txt"
     constraints.write_text("\n".join(lower_bounds()) + "\n")
     session.install("-c", str(constraints), "-e", ".[dev,sim]")
-    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+    session.run(*PYTEST, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session

@@ -8,6 +8,7 @@ from scenefit.data.correlation import (
     SUPPORT_OF_SUMS,
     PropagatedCorrelation,
     StationaryCorrelation,
+    power_at,
     torus_power,
 )
 from tests.correlations import (
@@ -109,6 +110,18 @@ def test_power_is_the_transform_of_the_correlation():
     np.testing.assert_allclose(
         torus_power(function, shape)[0], (phases * function[0]).sum(axis=(2, 3)).real, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_power_at_any_frequency(name):
+    function = autocorrelation(KERNELS[name])
+    lags = [np.arange(n) - n // 2 for n in function.shape]
+    ky, kx = np.random.default_rng(4).uniform(-0.5, 0.5, (2, 30))
+    waves = np.exp(2j * np.pi * (ky[:, None, None] * lags[0][:, None] + kx[:, None, None] * lags[1]))
+    expected = np.sum(waves * function, axis=(1, 2)).real
+    found = power_at(function[None], ky, kx)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * expected.max())
+
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_sources_far_apart_are_differentiated_together():
         blank = Observation(np.zeros(shape), sigma=0.01, psf=GaussianPSF(1.3), channels=["g"], name="g").match(frame)
         parameters = Parameters.default(scene, [blank]).free("observations.g.background")
         problem, state, layout = posterior.build(scene, [blank], parameters)
-        exact, cores = (dense.dense_footprints(problem, layout, scene, [blank], cores=c) for c in (False, True))
+        exact, cores = (dense.dense_footprints(problem, layout, scene, [blank], quick=c) for c in (False, True))
         assert exact is not None
         assert cores is not None
         assert int(cores.num_colors) == 2

@@ -42,7 +42,7 @@ MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 DERIVED: dict[type, tuple[str, ...]] = {
     observation.Observation: ("renderer", "frame"),
     starlet.StarletMorphology: ("splines",),
-    correlated.CorrelatedNoise: ("whitening", "kept", "amplification"),
+    correlated.CorrelatedNoise: ("average", "whitening", "kept", "amplification"),
 }
 """Attributes that aren't saved: `match` makes those of an observation anew, the constructor the others."""
 INLINE_SIZE = 16

@@ -97,6 +97,18 @@ class AbstractNoise(eqx.Module):
     def restricted(self, keep: np.ndarray, window: tuple[slice, slice]) -> AbstractNoise:
         """Return the noise of the pixels in `window`, without information where `keep` (y, x there) is False."""
 
+    @abstractmethod
+    def independent(self) -> tuple[AbstractNoise, np.ndarray | None]:
+        """Return the noise of pixels that were independent, and how they are correlated on the average.
+
+        Returns
+        -------
+        AbstractNoise
+            With the same parameters.
+        array, shape (channel, 2 R + 1, 2 R + 1), or None
+            Correlation with pixels (dy, dx) away; None if they are independent.
+        """
+
     @property
     @abstractmethod
     def reach(self) -> int:

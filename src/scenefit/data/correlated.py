@@ -13,6 +13,7 @@ from scenefit.arrays.vecchia import AbstractWhitening, Order, whitening
 from scenefit.data.abstractnoise import AbstractGaussianNoise
 from scenefit.data.blanksky import LONG_RANGE, measure_blank_sky
 from scenefit.data.correlation import AbstractCorrelation, PropagatedCorrelation, StationaryCorrelation, propagate
+from scenefit.data.noise import WhiteNoise
 from scenefit.data.nuisances import SCALE
 from scenefit.data.weights import (
     as_positive,
@@ -59,13 +60,14 @@ class CorrelatedNoise(AbstractGaussianNoise):
 
     weights: np.ndarray | Array
     correlation: AbstractCorrelation | None
+    average: np.ndarray | None
     scale: np.ndarray | Array
     whitening: AbstractWhitening
     kept: np.ndarray | Array
     amplification: np.ndarray | Array
     progress: bool = eqx.field(static=True)
     parameters: ClassVar = {"scale": SCALE}
-    host_only: ClassVar = ("correlation",)
+    host_only: ClassVar = ("correlation", "average")
 
     def __init__(self, weights, correlation, scale: np.ndarray | Array | float = 1.0, *, progress: bool = True):
         weights = as_weights(weights)
@@ -77,7 +79,7 @@ class CorrelatedNoise(AbstractGaussianNoise):
         if isinstance(correlation, PropagatedCorrelation) and correlation.shape != weights.shape[1:]:
             raise ValueError(f"The correlation is that of {correlation.shape} pixels, the weights {weights.shape[1:]}.")
         self.weights, self.correlation, self.progress = weights, correlation, progress
-        average = correlation.average()
+        self.average = average = correlation.average()
         orders = correlation.orders(average)
         # One order for all channels: that of the channel which needs most.
         order = Order(
@@ -251,6 +253,9 @@ class CorrelatedNoise(AbstractGaussianNoise):
                 "This noise has been stripped of its correlation for the solver: use that of the observation."
             )
         return self.correlation
+
+    def independent(self):  # noqa: D102
+        return WhiteNoise(self.weights, self.scale), self.average
 
     @property
     def reach(self) -> int:  # noqa: D102

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Float
+from scipy import ndimage
 
 from scenefit.arrays.fourier import fast_length
 from scenefit.arrays.vecchia import Order, choose_order
@@ -25,6 +26,8 @@ that they are made of, and are whitened best if as many pixels are used."""
 OVERSAMPLED, CRITICAL = 2.0, 1.05
 """From so many pixels to an independent number on, along each axis, only every n-th row and column of them is whitened: n is the
 smallest that leaves fewer than the second number to an independent one, so that these are independent enough."""
+FINENESS = 8
+"""Frequencies at which a power spectrum is computed, for each lag of the correlation function: interpolated between them."""
 SAMPLED_PIXELS = 400
 """Pixels about which correlations that differ from place to place are averaged."""
 
@@ -274,6 +277,26 @@ def torus_power(function: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     for plane, values in zip(image, function, strict=True):
         np.add.at(plane, (rows[:, None], columns), values)
     return np.fft.fft2(image).real
+
+
+def power_at(function: np.ndarray, frequency_y: np.ndarray, frequency_x: np.ndarray) -> np.ndarray:
+    """Return the power spectrum of a correlation function at any frequencies, in units of that of independent pixels.
+
+    Parameters
+    ----------
+    function : array, shape (channel, 2 R + 1, 2 R + 1)
+    frequency_y, frequency_x : arrays of one shape
+        Cycles per pixel.
+
+    Returns
+    -------
+    array, shape (channel, ...)
+        Good to a percent or so of the largest power.
+    """
+    size = FINENESS * max(function.shape[1:])
+    places = [size * np.asarray(each) for each in (frequency_y, frequency_x)]
+    planes = torus_power(function, (size, size))
+    return np.stack([ndimage.map_coordinates(plane, places, order=1, mode="grid-wrap") for plane in planes])
 
 
 def _trimmed(function: np.ndarray) -> np.ndarray:

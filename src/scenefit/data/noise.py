@@ -64,6 +64,9 @@ class WhiteNoise(AbstractGaussianNoise):
     def reach(self) -> int:  # noqa: D102
         return 0
 
+    def independent(self):  # noqa: D102
+        return self, None
+
     def level(self) -> np.ndarray:  # noqa: D102
         return level_of(np.asarray(self.weights, float) / np.asarray(self.scale, float)[:, None, None] ** 2)
 
@@ -138,6 +141,9 @@ class StudentTNoise(AbstractNoise):
     @property
     def reach(self) -> int:  # noqa: D102
         return 0
+
+    def independent(self):  # noqa: D102
+        return self, None
 
     def level(self) -> np.ndarray:  # noqa: D102
         return level_of(self.weights)
@@ -226,6 +232,9 @@ class FloorNoise(AbstractGaussianNoise):
     def reach(self) -> int:  # noqa: D102
         return 0
 
+    def independent(self):  # noqa: D102
+        return self, None
+
     def level(self) -> np.ndarray:  # noqa: D102
         return level_of(np.asarray(self._total()))
 
@@ -305,6 +314,9 @@ class PoissonNoise(AbstractNoise):
     @property
     def reach(self) -> int:  # noqa: D102
         return 0
+
+    def independent(self):  # noqa: D102
+        return self, None
 
     def level(self) -> np.ndarray:  # noqa: D102
         planes = zip(np.asarray(self.counts, float), np.asarray(self.gain, float), strict=True)

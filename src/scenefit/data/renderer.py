@@ -95,6 +95,7 @@ class Renderer(eqx.Module):
     are on it. `num_modes` is rounded up as well: the transfer function is 0 for those that the PSF can't pass.
     `norm` is the largest eigenvalue of rendering followed by its transpose, per channel, for a wide image without
     aliasing: the squared gain of the transfer function times the observed pixel's area in model pixels.
+    `affine` is the slope of the positions of pixels on the model.
     `turn` is None unless the observation may be turned: the faster samplings serve then.
 
     Everything that differs between two observations of the same shape is an array, so that rendering the second
@@ -109,7 +110,7 @@ class Renderer(eqx.Module):
     area: Float[Array, "..."]
     norm: Float[Array, " channel"]
     sky_jacobian: Float[Array, "2 2"]
-    metric: Float[Array, "2 2"]
+    affine: Float[Array, "2 2"]
     sampling: AbstractSampling | TurningSampling
     turn: Turn | None
     origin: np.ndarray
@@ -199,7 +200,7 @@ class Renderer(eqx.Module):
             area=as_floats(area),
             norm=as_floats(norm),
             sky_jacobian=as_floats(jacobian),
-            metric=as_floats(affine @ affine.T),
+            affine=as_floats(affine),
             sampling=sampling,
             turn=turn,
             origin=np.array(window.origin, np.int32),
@@ -245,14 +246,14 @@ class Renderer(eqx.Module):
         """
         if self.turn is None and rotation is not None:
             raise ValueError("This renderer can't turn its observation: use match(..., turning=True).")
-        transfer, metric, displaced = self.transfer, self.metric, self.sky_jacobian @ shift
+        transfer, affine, displaced = self.transfer, self.affine, self.sky_jacobian @ shift
         sampling: Callable = self.sampling
         if self.turn is not None and rotation is not None:
             move = self.turn.move(rotation)
             transfer = self.turn.transfer(transfer, rotation)
             displaced = displaced + jnp.matmul(move, displaced, precision="highest")
             inverse = move + jnp.eye(2, dtype=move.dtype)
-            metric = jnp.linalg.multi_dot([inverse, metric, inverse.T], precision="highest")
+            affine = jnp.matmul(inverse, affine, precision="highest")
             sampling = functools.partial(self.sampling, move=move)
         modes = _select_modes(_select_channels(model_spectrum, self.channels), self.num_modes)
         dy, dx = displaced
@@ -260,7 +261,7 @@ class Renderer(eqx.Module):
         modes = modes * transfer * (phase_y[:, None] * phase_x)
         if psf_variance is not None:
             # The squared frequency in cycles per observed pixel.
-            (yy, yx), (_, xx) = metric
+            (yy, yx), (_, xx) = jnp.matmul(affine, affine.T, precision="highest")
             square = yy * self.ky[:, None] ** 2 + 2 * yx * self.ky[:, None] * self.kx + xx * self.kx**2
             modes = modes * jnp.exp(-2 * jnp.pi**2 * psf_variance[:, None, None] * square)
         return sampling(modes) * self.area

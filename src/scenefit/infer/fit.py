@@ -188,7 +188,7 @@ class _Run:
         self.problem, state, self.layout = built
         self.footprints = None
         if self.method != "iterative":
-            self.footprints = dense_footprints(self.problem, self.layout, self.scene, self.observations, cores=True)
+            self.footprints = dense_footprints(self.problem, self.layout, self.scene, self.observations, quick=True)
         if self.method == "dense" and self.footprints is None:
             raise ValueError(
                 f"method='dense' wants 1 to {MAX_COORDINATES} free numbers and no free image; use 'auto', or fix some."

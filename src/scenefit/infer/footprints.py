@@ -84,6 +84,8 @@ class Footprints(eqx.Module):
         Its shape.
     pairs : tuple of Pairs
         For each observation.
+    is_quick : bool
+        Whether the curvature may be computed from cores alone, and correlated noise be taken as the same everywhere.
     """
 
     index: Int[Array, " m"]
@@ -97,13 +99,14 @@ class Footprints(eqx.Module):
     cores: tuple[Int[Array, "_ 2"] | None, ...]
     core_sizes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
     pairs: tuple[Pairs, ...]
+    is_quick: bool = eqx.field(static=True)
 
     def __len__(self):
         return len(self.index)
 
 
 def footprints(
-    problem: Problem, layout: Layout, scene: Scene, observations: Sequence[Observation], *, cores: bool = False
+    problem: Problem, layout: Layout, scene: Scene, observations: Sequence[Observation], *, quick: bool = False
 ) -> Footprints:
     """Return the footprints of the free coordinates.
 
@@ -115,8 +118,9 @@ def footprints(
     scene : Scene
     observations : sequence of Observation
         Matched.
-    cores : bool
-        Whether to leave the faint outskirts of profiles and PSFs out, which add hardly anything to the curvature of the loss.
+    quick : bool
+        Whether to leave the faint outskirts of profiles and PSFs out, which add hardly anything to the curvature of the loss;
+        see also `Footprints.is_quick`.
     """
     index = np.unique(np.asarray(problem.index))
     index = index[np.asarray(problem.free.vector)[index]]
@@ -124,14 +128,14 @@ def footprints(
     numbers = np.array([starts[member.stack] + member.row for member in layout.members], int)
     boxes = [member.box for member in layout.members]
     origins, sizes = [None] * len(problem.stacks), [None] * len(problem.stacks)
-    if cores:
+    if quick:
         pairs = zip(layout.members, scene.components(), strict=True)
         boxes = [
             component_box(component, scene.frame, CORE_ROOM, CORE_LIGHT).intersection(member.box)
             for member, (_, component) in pairs
         ]
         origins, sizes = _crops(problem, layout, boxes)
-    covered = [covered_pixels(boxes, scene.frame, obs, cores=cores) for obs in observations]
+    covered = [covered_pixels(boxes, scene.frame, obs, quick=quick) for obs in observations]
     color = np.zeros(starts[-1], int)
     color[numbers] = disjoint_colors(np.concatenate(covered, axis=1)) if boxes else 0
     num_colors = int(color.max(initial=0)) + 1
@@ -153,6 +157,7 @@ def footprints(
         pairs=tuple(
             _pairs(numbers, part, image.data.shape[1:]) for part, image in zip(covered, problem.images, strict=True)
         ),
+        is_quick=quick,
     )
 
 
@@ -234,16 +239,16 @@ def _crops(problem: Problem, layout: Layout, boxes: Sequence[Box]):
     return origins, sizes
 
 
-def covered_pixels(boxes: Sequence[Box], frame: Frame, obs: Observation, *, cores: bool = False) -> np.ndarray:
+def covered_pixels(boxes: Sequence[Box], frame: Frame, obs: Observation, *, quick: bool = False) -> np.ndarray:
     """Return (y0, y1, x0, x1) of what boxes of the frame cover in an observation's window, PSF included, shape (box, 4)."""
     window = obs.matched_renderer.window
     scale = 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
-    reach = min(obs.psf.extent, CORE_WINGS * obs.psf.effective_sigma.max()) if cores else obs.psf.extent
+    reach = min(obs.psf.extent, CORE_WINGS * obs.psf.effective_sigma.max()) if quick else obs.psf.extent
     ends = np.array([(*box.origin, *box.stop) for box in boxes], float).reshape(-1, 4)
     places = np.stack([ends[:, [0, 0, 2, 2]], ends[:, [1, 3, 1, 3]]], axis=-1)
     corners = pixel_map(frame.wcs, obs.wcs, *np.moveaxis(obs.apparent_positions(places, frame), -1, 0))
     # Whitening spreads what is correlated.
-    spread = min(obs.noise.reach, CORE_SPREAD) if cores else obs.noise.reach
+    spread = min(obs.noise.reach, CORE_SPREAD) if quick else obs.noise.reach
     margin = reach + 2 + 2 * scale + spread
     low = np.floor(corners.min(axis=1) - margin).astype(int) - window.origin
     high = np.ceil(corners.max(axis=1) + margin).astype(int) + 1 - window.origin

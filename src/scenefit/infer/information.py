@@ -33,20 +33,21 @@ def information(problem: Problem, state: State, where: Footprints, kind: str = "
     Returns
     -------
     array, shape (m, m)
-        By `where.index`; as if no component moved a pixel outside its footprint.
+        By `where.index`; as if no component moved a pixel outside its footprint. Quick footprints (`Footprints.is_quick`) take
+        the noise of components as the same everywhere.
     """
     # Every element is a coordinate of its own here; those that are tied come together where the products are added up.
     problem, state = _untied(problem, state)
     size = len(where)
     total = jnp.zeros((size + 1, size + 1), state.vector.dtype)
     spectrum = transform_stacks(problem.fill(state)[0], problem.psf_sigma, problem.canvas)
-    local = _component_images(problem, state, where, kind, spectrum)
+    local, gains = _component_images(problem, state, where, kind, spectrum)
     for number, (images, pairs) in enumerate(zip(local, where.pairs, strict=True)):
         channels = np.array(problem.images[number].renderer.channels)
-        own = _own_images(problem, state, number, kind, spectrum)
+        own = _own_images(problem, state, where, number, kind, spectrum)
         places = where.own_places[number]
         total = total.at[places[:, None], places].add(jnp.einsum("acyx,bcyx->ab", own, own, precision="highest"))
-        total = _add_pairs(total, images, own, pairs, where, channels, places)
+        total = _add_pairs(total, images, gains[..., channels], own, pairs, where, channels, places)
     scales = problem.scales(state.vector)
     if scales:
         rows = jax.jacfwd(lambda vector: jnp.concatenate(problem.scales(vector)))(state.vector)
@@ -106,21 +107,26 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
     Returns
     -------
     list of arrays, shape (color, slot, channel, y, x)
-        One an observation.
+        One an observation: of components without a spectrum, one flux for all channels.
+    array, shape (member, slot, channel)
+        What their images have to be multiplied with.
     """
     parts = _stamp_slopes(problem, state, where)
     images = problem.fill(state)[1]
-    render = [_along_spectrum(image, kind, spectrum) for image in images]
+    render = [_along_spectrum(image.quick() if where.is_quick else image, kind, spectrum) for image in images]
     num_slots = len(parts[0][1])
     ends = np.cumsum([len(origins) for origins, _, _ in parts])
+    # All channels show the same, unless shapes differ between them.
+    planes = max(stamps.shape[2] for _, _, stamps in parts)
 
     def one(number):
         color, slot = number // num_slots, number % num_slots
-        canvas = jnp.zeros(problem.canvas, state.vector.dtype)
-        for (origins, spectra, stamps), end in zip(parts, ends, strict=True):
+        canvas = jnp.zeros((planes, *problem.canvas[1:]), state.vector.dtype)
+        for (origins, _, stamps), end in zip(parts, ends, strict=True):
             members = where.color[end - len(origins) : end] == color
-            canvas = add_stamps(canvas, jnp.where(members[:, None], spectra[slot], 0.0), stamps[slot], origins)
-        modes = fourier.transform(canvas)
+            shown = jnp.broadcast_to(members[:, None], (len(origins), planes)).astype(canvas.dtype)
+            canvas = add_stamps(canvas, shown, stamps[slot], origins)
+        modes = jnp.broadcast_to(fourier.transform(canvas), spectrum.shape)
         return [function(modes) for function in render]
 
     def step(number, filled):
@@ -128,7 +134,8 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
 
     blank = [jnp.zeros((where.room * num_slots, *image.data.shape), image.data.dtype) for image in images]
     filled = lax.fori_loop(0, where.num_colors * num_slots, step, blank)
-    return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled]
+    gains = jnp.concatenate([spectra.swapaxes(0, 1) for _, spectra, _ in parts])
+    return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled], gains
 
 
 def _along_spectrum(image: Image, kind: str, spectrum: Complex[Array, "channel k l"]) -> Callable:
@@ -136,22 +143,32 @@ def _along_spectrum(image: Image, kind: str, spectrum: Complex[Array, "channel k
     return jax.linearize(lambda modes: image.residual(modes, kind), spectrum)[1]
 
 
-def _own_images(problem: Problem, state: State, number: int, kind: str, spectrum) -> Float[Array, "g channel y x"]:
+def _own_images(
+    problem: Problem, state: State, where: Footprints, number: int, kind: str, spectrum
+) -> Float[Array, "g channel y x"]:
     """Return the derivatives of an observation's residuals along its own parameters."""
-    elements = [np.arange(leaf.start, leaf.stop) for leaf in own_leaves(problem, number)]
-    shape = problem.images[number].data.shape
-    if not elements:
-        return jnp.zeros((0, *shape), state.vector.dtype)
 
-    def residual(vector):
-        return problem.fill(State(vector, state.images))[1][number].residual(spectrum, kind)
+    def derivatives(leaves, is_quick):
+        elements = [np.arange(leaf.start, leaf.stop) for leaf in leaves]
+        if not elements:
+            return jnp.zeros((0, *problem.images[number].data.shape), state.vector.dtype)
 
-    along = jax.linearize(residual, state.vector)[1]
-    basis = np.concatenate(elements)[:, None] == np.arange(len(state.vector))
-    return lax.map(along, jnp.asarray(basis, state.vector.dtype))
+        def residual(vector):
+            image = problem.fill(State(vector, state.images))[1][number]
+            return (image.quick() if is_quick else image).residual(spectrum, kind)
+
+        along = jax.linearize(residual, state.vector)[1]
+        basis = np.concatenate(elements)[:, None] == np.arange(len(state.vector))
+        return lax.map(along, jnp.asarray(basis, state.vector.dtype))
+
+    leaves = own_leaves(problem, number)
+    # Along parameters of the noise the residuals themselves count; these leaves come last.
+    of_noise = [leaf for leaf in leaves if leaf.name.startswith("noise.")]
+    others = leaves[: len(leaves) - len(of_noise)]
+    return jnp.concatenate([derivatives(others, where.is_quick), derivatives(of_noise, False)])
 
 
-def _add_pairs(total, images, own, pairs: Pairs, where: Footprints, channels, own_places):
+def _add_pairs(total, images, gains, own, pairs: Pairs, where: Footprints, channels, own_places):
     """Add the products of the derivatives of components with one another and with those of the observation."""
     _, num_slots, num_channels, height, width = images.shape
     window = pairs.window
@@ -167,7 +184,7 @@ def _add_pairs(total, images, own, pairs: Pairs, where: Footprints, channels, ow
         ]
         rows, columns = y + jnp.arange(window[0]), x + jnp.arange(window[1])
         inside = ((rows >= box[0]) & (rows < box[1]))[:, None] & (columns >= box[2]) & (columns < box[3])
-        return jnp.where(inside, cut, 0.0).reshape(num_slots, num_channels, -1)
+        return jnp.where(inside, cut * gains[member][..., None, None], 0.0).reshape(num_slots, num_channels, -1)
 
     def with_own(number, total):
         member, box = pairs.members[number, 0], pairs.box[number]

@@ -12,12 +12,14 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
-from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
+from scenefit.arrays.compilation import as_booleans, as_complexes, as_floats, as_integers, compiled
 from scenefit.arrays.stamps import bucket_count
+from scenefit.data.abstractnoise import AbstractNoise
+from scenefit.data.correlation import power_at
 from scenefit.data.nuisances import LARGEST_ROTATION, NUISANCES
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import Renderer
-from scenefit.infer.problem import Image, Leaf, Priors, Problem, State, unconstrained
+from scenefit.infer.problem import Image, Leaf, Prewhitened, Priors, Problem, State, unconstrained
 from scenefit.model.morphology import AbstractImageMorphology, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
 from scenefit.model.parameters import IMAGES, Parameters, unit_disk
@@ -244,6 +246,7 @@ def _as_image(obs: Observation, level, unit, parameters: Parameters) -> Image:
     renderer = obs.matched_renderer
     window = renderer.window.slices
     noise = obs.noise.scaled(level).restricted(renderer.inside, window)
+    independent, correlation = noise.independent()
     values: dict[str, Any] = {
         path: as_floats(value / _data_unit(path, value, level)) for path, value in obs.nuisances().items()
     }
@@ -259,7 +262,25 @@ def _as_image(obs: Observation, level, unit, parameters: Parameters) -> Image:
         y=as_floats(np.arange(window[0].start, window[0].stop) - (obs.shape[1] - 1) / 2),
         x=as_floats(np.arange(window[1].start, window[1].stop) - (obs.shape[2] - 1) / 2),
         gain=as_floats(unit[list(renderer.channels)] / level),
+        prewhitened=None if correlation is None else _prewhitened(renderer, independent, correlation),
     )
+
+
+def _prewhitened(renderer: Renderer, independent: AbstractNoise, correlation: np.ndarray) -> Prewhitened:
+    """Return what stands for correlated noise in quick curvatures."""
+    (yy, yx), (xy, xx) = np.asarray(renderer.affine, dtype=float)
+    ky, kx = np.asarray(renderer.ky, dtype=float)[:, None], np.asarray(renderer.kx, dtype=float)
+    power = power_at(correlation, yy * ky + xy * kx, yx * ky + xx * kx)
+    power = np.maximum(power, LEAST_POWER * power.max(axis=(1, 2), keepdims=True))
+    return Prewhitened(
+        as_complexes(np.asarray(renderer.transfer) / np.sqrt(power)),
+        as_floats(1 / np.sqrt(power[:, 0, 0])),
+        independent.on_device(),
+    )
+
+
+LEAST_POWER = 1e-3
+"""Power of correlated noise that a mode has at least, in units of the largest."""
 
 
 TURN, AT_LIMIT = "astrometry.rotation", 0.999

@@ -42,10 +42,29 @@ class State(eqx.Module):
     images: tuple[Shaped[Array, "_ *plane _ _"], ...]
 
 
+class Prewhitened(eqx.Module):
+    """What stands for correlated noise where curvatures need not be exact: the transfer function whitens instead.
+
+    Attributes
+    ----------
+    transfer : array, shape (channel, k, l)
+        That of the renderer over the root of the noise's power in each mode.
+    sky_gain : array, shape (channel,)
+        The same for a background.
+    noise : AbstractNoise
+        Of independent pixels.
+    """
+
+    transfer: Complex[Array, "channel k l"]
+    sky_gain: Float[Array, " channel"]
+    noise: AbstractNoise
+
+
 class Image(eqx.Module):
     """One observation as the solver sees it: data and model in units of the noise level of each channel.
 
     `y` and `x` are pixel coordinates relative to the middle of the observation; no `psf_variance` or `rotation` stands for 0.
+    Noise of independent pixels has nothing `prewhitened`.
     """
 
     renderer: Renderer
@@ -60,6 +79,26 @@ class Image(eqx.Module):
     y: Float[Array, " h"]
     x: Float[Array, " w"]
     gain: Float[Array, " channel"]
+    prewhitened: Prewhitened | None
+
+    def quick(self) -> Image:
+        """Return the image with its noise whitened by the transfer function: as if it had no masks and edges."""
+        if self.prewhitened is None:
+            return self
+        noise = self.prewhitened.noise
+        for name in noise.parameters:
+            noise = eqx.tree_at(_getter(name), noise, getattr(self.noise, name))
+        gain = self.prewhitened.sky_gain
+        return eqx.tree_at(
+            lambda image: (image.renderer.transfer, image.background, image.background_slope, image.noise),
+            self,
+            (
+                self.prewhitened.transfer,
+                gain * self.background,
+                gain[:, None] * self.background_slope,
+                noise,
+            ),
+        )
 
     def sky(self) -> Float[Array, "channel h w"]:
         """Return the background."""
