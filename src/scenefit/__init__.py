@@ -3,6 +3,7 @@
 from scenefit.app import datasets, plot
 from scenefit.app.io import read_catalog, read_observations
 from scenefit.app.serialization import load, save
+from scenefit.app.tablefile import write_catalog
 from scenefit.data.correlated import CorrelatedNoise
 from scenefit.data.noise import FloorNoise, PoissonNoise, StudentTNoise, WhiteNoise
 from scenefit.data.nuisances import Astrometry, Calibration
@@ -35,6 +36,8 @@ from scenefit.sky.psf import GaussianPSF, ImagePSF
 from scenefit.survey import priors
 from scenefit.survey.average import average_profiles, evidence_weights
 from scenefit.survey.catalog import catalog, nuisance_errors, offset_errors
+from scenefit.survey.deblend import Deblended, deblend
+from scenefit.survey.forced import ForcedPhotometry, forced_photometry
 from scenefit.survey.initialize import initialize
 from scenefit.survey.profile import Profile, profile
 
@@ -46,9 +49,11 @@ __all__ = [
     "CorrelatedNoise",
     "CorrelatedObservation",
     "DeVaucouleursMorphology",
+    "Deblended",
     "ExponentialMorphology",
     "FitResult",
     "FloorNoise",
+    "ForcedPhotometry",
     "Frame",
     "GaussianMixturePSF",
     "GaussianMorphology",
@@ -76,9 +81,11 @@ __all__ = [
     "average_profiles",
     "catalog",
     "datasets",
+    "deblend",
     "evidence_weights",
     "fit",
     "fit_many",
+    "forced_photometry",
     "initialize",
     "link",
     "load",
@@ -94,4 +101,5 @@ __all__ = [
     "ring_prior",
     "sample",
     "save",
+    "write_catalog",
 ]

@@ -123,7 +123,6 @@ def test_power_at_any_frequency(name):
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * expected.max())
 
 
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -16,7 +16,7 @@ from scenefit.model.starlet import StarletMorphology
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
 from scenefit.survey.catalog import catalog
-from scenefit.survey.measure import Flag
+from scenefit.survey.flags import Flag
 from tests.helpers import gaussian_image, make_observation
 
 galsim = pytest.importorskip("galsim")

@@ -4,12 +4,16 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
+from scenefit.arrays.compilation import as_integers, compiled
 from scenefit.infer import posterior
+from scenefit.infer.dense import potential_hessian
+from scenefit.infer.jacobian import information_matrix
 from scenefit.infer.laplace import marginal_covariance, vector_covariance
-from scenefit.model.morphology import GaussianMorphology, PixelMorphology
+from scenefit.model import link
+from scenefit.model.morphology import GaussianMorphology, MultiGaussianMorphology, PixelMorphology
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
-from scenefit.model.source import Source
+from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
 from tests.blends import dense_jacobian, fitted_shift, frame_of, gaussian_density, observe, true_scene
@@ -27,14 +31,14 @@ def build_precise(tie=False):
     if tie:
         parameters = parameters.tie("sources.a.morphology.ellipticity", "sources.c.morphology.ellipticity")
     matched = [obs.match(frame) for obs in observations]
-    return *posterior.build(scene, matched, parameters), frame, matched
+    return *posterior.build(scene, matched, parameters), scene, matched
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["plain", "tied"])
 def test_vector_covariance_equals_the_dense_inverse(tie):
     with jax.enable_x64(True):
-        problem, state, layout, frame, observations = build_precise(tie)
-        index, covariance = vector_covariance(problem, state, layout, frame, observations)
+        problem, state, layout, scene, observations = build_precise(tie)
+        index, covariance = vector_covariance(problem, state, layout, scene, observations)
         columns = dense_jacobian(problem, state)
         radius = next(leaf for leaf in problem.leaves if leaf.name == "morphology.half_light_radius").start + 1
         # The prior on a radius r = exp(c): the density in r, curvature (r / sigma)^2 of its square, as r sits on the mean.
@@ -50,10 +54,45 @@ def test_vector_covariance_equals_the_dense_inverse(tie):
     )
 
 
+def test_information_of_all_kinds_of_parameters_equals_the_dense_product():
+    """A radius linked over channels, tied centers of a composite, amplitudes of a sum of Gaussians, a joint prior, noise free."""
+    shape = (24, 26)
+    frame = Frame(shape, channels=("g", "r"), padding=10)
+    observations = [
+        make_observation(shape, channels=("g", "r"), psf=GaussianPSF(1.9), wcs=None, name="blurred").match(frame)
+    ]
+    linked = GaussianMorphology(link.PerBand({"g": 1.5, "r": 2.1}), (0.1, 0.2))
+    rings = MultiGaussianMorphology([0.8, 2.0], [0.4, 0.6], (0.0, 0.1))
+    parts = {"in": Source((14.0, 15.2), [90.0, 60.0], linked), "out": Source((14.0, 15.2), [50.0, 70.0], rings)}
+    sources = {"sum": CompositeSource(parts), "alone": Source((7.3, 6.1), [80.0, 120.0], GaussianMorphology(1.8))}
+    scene = Scene(frame, sources)
+    parameters = Parameters.default(scene, observations).tie(
+        "sources.sum.parts.out.center", "sources.sum.parts.in.center"
+    )
+    for path in ("background", "background_slope", "noise.scale"):
+        parameters = parameters.free(f"observations.blurred.{path}")
+    shift = "observations.blurred.astrometry.shift"
+    parameters = parameters.prior(shift, dist.Normal(0, 0.3)).free(shift)
+    width = np.array([[0.02, 0.015], [0.015, 0.02]])
+    joint = dist.MultivariateNormal(np.zeros(2), covariance_matrix=width**2)
+    parameters = parameters.prior("sources.alone.morphology.ellipticity", joint)
+    with jax.enable_x64(True):
+        problem, state, layout = posterior.build(scene, observations, parameters)
+        index, information = information_matrix(problem, state, layout, scene, observations)
+        columns = dense_jacobian(problem, state)[:, index]
+        expected = columns.T @ columns + np.asarray(compiled(potential_hessian)(problem, state, as_integers(index)))
+    assert {leaf.name for leaf in problem.leaves} >= {"morphology.amplitudes", "noise.scale", "shift"}
+    unit = 1 / np.sqrt(np.diag(expected))
+    # 1e-5 of the peaks of derivatives is left out, over a few hundred pixels.
+    np.testing.assert_allclose(information.toarray() * np.outer(unit, unit), expected * np.outer(unit, unit), atol=1e-4)
+    radius = next(leaf for leaf in problem.leaves if leaf.name == "morphology.half_light_radius")
+    assert len(index) == len(np.unique(problem.index)) > radius.stop
+
+
 def test_marginal_covariance_of_a_vector_equals_vector_covariance():
     result = fitted_shift()
     problem, state, layout = posterior.build(result.scene, result.observations, result.parameters)
-    index, covariance = vector_covariance(problem, state, layout, result.scene.frame, result.observations)
+    index, covariance = vector_covariance(problem, state, layout, result.scene, result.observations)
     shift = next(leaf for leaf in problem.leaves if leaf.name == "shift")
     numbers = np.arange(shift.start, shift.stop)
     places = np.searchsorted(index, numbers)

@@ -18,7 +18,7 @@ from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
 from scenefit.survey.catalog import catalog, channel_label, nuisance_errors, offset_errors
-from scenefit.survey.measure import Flag
+from scenefit.survey.flags import Flag
 from tests.blends import (
     COARSE_PSF,
     COARSE_ROTATION,
@@ -39,8 +39,20 @@ from tests.helpers import CENTER_DEG, make_observation
 from tests.survey.test_measure import circular_half_light_radius
 
 MEASURED = ["ra", "dec", "y", "x", "half_light_radius", "axis_ratio", "position_angle"]
-PLAIN = ["id", "snr", "flags", *MEASURED, *(f"{name}_err" for name in MEASURED)]
-BY_CHANNEL = ["flux", "flux_err", "mag", "mag_err"]
+PLAIN = [
+    "id",
+    "snr",
+    "flags",
+    "r20",
+    "r80",
+    "r90",
+    "concentration",
+    "star_score",
+    "flux_correlation",
+    "masked_fraction",
+]
+PLAIN += [*MEASURED, *(f"{name}_err" for name in MEASURED)]
+BY_CHANNEL = ["flux", "flux_err", "mag", "mag_err", "blendedness", "chi_square", "num_pixels"]
 
 
 def as_result(scene, observations, parameters=None, status=Status.CONVERGED) -> FitResult:
@@ -379,7 +391,8 @@ def test_flags_are_raised_where_they_should(table):
     edge = Source((1.0, 20.0), [10.0, 10.0, 10.0], GaussianMorphology(2.0))
     scene = Scene(result.scene.frame, {"dark": dark, "gone": gone, "edge": edge})
     flags = catalog(as_result(scene, result.observations))["flags"]
-    assert list(flags) == [Flag.ZERO_FLUX, Flag.ZERO_FLUX | Flag.VANISHED, Flag.EDGE]
+    # A third of the last one's light is beyond the images.
+    assert list(flags) == [Flag.ZERO_FLUX, Flag.ZERO_FLUX | Flag.VANISHED, Flag.EDGE | Flag.MASKED]
     stopped = catalog(as_result(scene, result.observations, status=Status.MAX_STEPS))
     assert (stopped["flags"] & Flag.NOT_CONVERGED).all()
     assert stopped.meta["status"] == "MAX_STEPS"

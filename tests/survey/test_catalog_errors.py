@@ -10,6 +10,7 @@ import scenefit as sf
 from scenefit.arrays.profiles import sersic_b
 from scenefit.infer import posterior
 from scenefit.infer.fit import FitResult, Status
+from scenefit.infer.jacobian import stamp_slopes
 from scenefit.survey.measure import measure_shapes
 from scenefit.survey.sensitivity import shape_slopes
 from tests.correlations import CORRELATIONS, covariance_of
@@ -211,7 +212,8 @@ def test_slopes_of_sums_of_parts_are_finite_differences_of_the_measurement():
         rows = [[*s.center, *s.moments[[0, 0, 1], [0, 1, 1]], s.half_light_radius**2] for s in shapes]
         return np.array(rows).ravel()
 
-    found = shape_slopes(problem, state, layout, scene, measure_shapes(scene, weights), weights).toarray()
+    changes, shapes = stamp_slopes(problem, state), measure_shapes(scene, weights)
+    found = shape_slopes(problem, layout, changes, scene, scene.stamps(), shapes, weights).toarray()
     vector, free = np.asarray(state.vector), np.nonzero(np.asarray(problem.free.vector))[0]
     flux = np.concatenate([where for where, _ in posterior.flux_coordinates(problem, layout)])
     checked = set()

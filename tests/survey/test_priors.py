@@ -154,7 +154,7 @@ def fitted(scene, obs, parameters):
     """Return the coordinates of a fit and their standard errors."""
     result = fit(scene, [obs], parameters, progress=False, rtol=2e-3, throw=True)
     problem, state, layout = posterior.build(result.scene, result.observations, result.parameters)
-    index, covariance = vector_covariance(problem, state, layout, scene.frame, result.observations)
+    index, covariance = vector_covariance(problem, state, layout, result.scene, result.observations)
     return np.asarray(state.vector, dtype=float)[index], np.sqrt(covariance.diagonal())
 
 

@@ -1,23 +1,30 @@
-"""The command line: scenefit demo, fit, show, info."""
+"""The command line: scenefit demo, fit, show, inspect, report, validate, info."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Annotated
 
+import astropy.units as u
+import numpy as np
 import typer
-from astropy.table import QTable
 
 from scenefit.app import datasets, io, plot
+from scenefit.app.comparison import read_sources, statistics_text, write_validation
 from scenefit.app.config import Settings, read_settings
 from scenefit.app.fitsfile import is_fits
 from scenefit.app.pipeline import run, write_figure
+from scenefit.app.report import MAX_STAMPS, write_report
+from scenefit.app.results import read_model, read_results, read_table
 from scenefit.app.serialization import load, package_version
 from scenefit.data.observation import Observation
 from scenefit.infer.fit import FitResult, Status
 from scenefit.model.scene import Scene
 from scenefit.sky.frame import pixel_scale_of
+from scenefit.survey.validate import validate
 
 app = typer.Typer(
     help="Fit one scene to images of different instruments, each in its own pixels.",
@@ -27,6 +34,7 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `scenefit fit` wrote.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results in a folder that exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
@@ -78,15 +86,11 @@ def fit(
 
 
 @app.command()
-def show(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `scenefit fit` wrote.")]):
+def show(directory: Directory):
     """Print the results in a folder and draw scene.png, sources.png and convergence.png there from the saved model."""
-    model, table = directory / "model.asdf", directory / "catalog.ecsv"
-    missing = [path.name for path in (model, table, directory / "summary.json") if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{directory}: expected the results of `scenefit fit`; {', '.join(missing)} not there.")
-    result = load(model)
-    for text in (_summary_text(directory / "summary.json"), _table_text(table)):
-        typer.echo(text)
+    result, table, summary = read_results(directory)
+    typer.echo(json.dumps(summary, indent=2))
+    typer.echo("\n".join(table.pformat(max_lines=-1, max_width=-1)))
     figures = {
         "scene.png": plot.scene(result.scene, result.observations),
         "sources.png": plot.sources(result.scene, result.observations),
@@ -95,6 +99,81 @@ def show(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder t
     for name, figure in figures.items():
         write_figure(directory / name, figure)
         typer.echo(str(directory / name))
+
+
+@app.command()
+def inspect(
+    directory: Directory,
+    source: Annotated[list[str] | None, typer.Option(help="Source to look at, by its id; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG to write; inspect.png or inspect_ID.png in DIR.")] = None,
+):
+    """Draw the saved model beside the images: observed, rendered, residual; or sources, and the data minus all others."""
+    result = read_model(directory)
+    names = list(result.scene.sources)
+    if unknown := [name for name in source or () if name not in names]:
+        some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise KeyError(f"{directory}: no source is called {unknown[0]!r}; there are {len(names)}: {some}.")
+    # Names may hold what file names can't.
+    default = "_".join(["inspect", *(re.sub(r"[^\w.-]", "-", name) for name in source or ())])
+    path = directory / f"{default[:100]}.png" if out is None else out
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: expected a file name that ends in .png.")
+    if source:
+        figure = plot.sources(result.scene, result.observations, source)
+        table = read_table(directory)
+        for row in table[[str(name) in source for name in table["id"]]]:
+            typer.echo("\n".join(f"{name:>24}  {_rounded(row[name])}" for name in table.colnames))
+    else:
+        figure = plot.scene(result.scene, result.observations)
+    write_figure(path, figure)
+    typer.echo(str(path))
+
+
+@app.command()
+def report(
+    directory: Directory,
+    stamps: Annotated[int, typer.Option(help="Number of sources that are shown one by one.")] = MAX_STAMPS,
+    quiet: Quiet = False,
+):
+    """Write report.html in a folder of results: one page that works offline."""
+    typer.echo(str(write_report(directory, num_stamps=stamps, progress=not quiet)))
+
+
+@app.command("validate")
+def compare(
+    catalog: Annotated[Path, typer.Argument(metavar="CATALOG", help="Catalogue, such as catalog.ecsv of a fit.")],
+    truth: Annotated[
+        Path, typer.Argument(metavar="TRUTH", help="Table with ra, dec, mag_CH or flux_CH; or FITS with an HDU TRUTH.")
+    ],
+    out: Out,
+    channel: Annotated[
+        str | None, typer.Option(help="Channel of the magnitudes; the first common one by default.")
+    ] = None,
+    radius: Annotated[float, typer.Option(help="Matching radius in arcsec.")] = 0.3,
+    magnitude_tolerance: Annotated[
+        float, typer.Option(help="Largest difference of matched magnitudes; inf for positions alone.")
+    ] = 2.0,
+    outlier: Annotated[float, typer.Option(help="Magnitudes and colours off by more count as outliers.")] = 0.5,
+    overwrite: Overwrite = False,
+):
+    """Compare a catalogue with the truth; write validation.json and validation.png."""
+    options = {"--radius": radius, "--magnitude-tolerance": magnitude_tolerance, "--outlier": outlier}
+    for name, value in options.items():
+        if not value > 0 or (name != "--magnitude-tolerance" and math.isinf(value)):
+            raise ValueError(f"{name} must be positive; got {value}.")
+    with io.output_folder(out, overwrite) as directory:
+        result = validate(
+            read_sources(catalog),
+            read_sources(truth, "TRUTH"),
+            radius=radius * u.arcsec,
+            channel=channel,
+            magnitude_tolerance=magnitude_tolerance,
+            outlier=outlier,
+        )
+        written = write_validation(directory, result)
+    typer.echo(statistics_text(result))
+    for path in written:
+        typer.echo(f"  {path}")
 
 
 @app.command()
@@ -130,21 +209,10 @@ def _observations_in(content) -> tuple[Observation, ...]:
     return tuple(each for each in several if isinstance(each, Observation))
 
 
-def _summary_text(path: Path) -> str:
-    """Return a summary as text."""
-    try:
-        return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=2)
-    except ValueError as exc:
-        raise ValueError(f"{path}: expected the summary of a fit; reading it failed: {exc}") from exc
-
-
-def _table_text(path: Path) -> str:
-    """Return a catalogue as text."""
-    try:
-        return "\n".join(QTable.read(path).pformat(max_lines=-1, max_width=-1))
-    # The readers raise errors of many kinds.
-    except Exception as exc:
-        raise ValueError(f"{path}: expected the catalogue of a fit; reading it failed: {exc}") from exc
+def _rounded(value) -> str:
+    """Return a value of a table, with its unit, as text."""
+    number, unit = getattr(value, "value", value), getattr(value, "unit", "")
+    return f"{number:.8g} {unit}".rstrip() if isinstance(number, float | np.floating | np.ndarray) else str(number)
 
 
 def _fit(settings: Settings, out: Path, overwrite: bool, quiet: bool):

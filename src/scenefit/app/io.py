@@ -50,6 +50,7 @@ _POSITION_NAMES = (
 _TABLE_FORMATS = {
     ".ecsv": "ascii.ecsv",
     ".csv": "ascii.csv",
+    ".parquet": "parquet",
     ".xml": "votable",
     ".vot": "votable",
     ".votable": "votable",

@@ -16,6 +16,7 @@ from astropy.table import QTable
 from scenefit.app import io, plot
 from scenefit.app.config import NAMES, Settings
 from scenefit.app.serialization import atomic_path, package_version, save
+from scenefit.app.tablefile import write_catalog
 from scenefit.data.resampled import CorrelatedObservation
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.model.parameters import Parameters
@@ -104,8 +105,7 @@ def write_results(directory: Path, result: FitResult, table: QTable) -> list[Pat
     for name in FILES:
         (directory / name).unlink(missing_ok=True)
     paths = [directory / name for name in FILES[:4]]
-    with atomic_path(paths[0]) as temporary:
-        table.write(temporary, format="ascii.ecsv")
+    write_catalog(paths[0], table)
     save(paths[1], result)
     io.write_images(paths[2], result.scene, result.observations)
     write_figure(paths[3], plot.scene(result.scene, result.observations))

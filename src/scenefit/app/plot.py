@@ -1,4 +1,4 @@
-"""Figures: observations, scenes, single sources, convergence, profiles, posteriors.
+"""Figures: observations, scenes, single sources, convergence, profiles, posteriors, comparisons with the truth.
 
 Every function returns a figure that pyplot knows nothing of. Save it with `fig.savefig(path)`; at the end of
 a notebook cell it shows itself. Its axes carry labels (`ax.get_label()`) such as "HSC residual".
@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from scenefit.app.color import asinh_rgb, balanced_options, default_channel_map, default_stretch
 from scenefit.app.panels import NotebookFigure, draw_outlines, mark_positions, show_residual, show_rgb
 from scenefit.app.profileplot import corner, link_curves, profile
+from scenefit.app.validationplot import validation
 from scenefit.arrays.box import Box
 from scenefit.data.correlated import CorrelatedNoise
 from scenefit.data.noise import WhiteNoise
 from scenefit.model.packing import component_box
 from scenefit.sky.frame import Channel, pixel_map, pixel_scale_of
+from scenefit.survey.deblend import deblend
 
 __all__ = [
     "asinh_rgb",
@@ -34,6 +36,7 @@ __all__ = [
     "profile",
     "scene",
     "sources",
+    "validation",
 ]
 
 RESIDUAL_LIMITS = (4, 10)
@@ -213,7 +216,7 @@ def sources(scene, observations, names: Sequence[str] | None = None) -> Figure:
         raise ValueError("There is no source to show.")
     model, noise = scene.evaluate(), _model_noise(scene.frame, matched)
     model_map = _model_look(scene.frame, noise, model)["channel_map"]
-    residuals = [np.where(_known(obs), obs.data - obs.render(model), np.nan) for obs in matched]
+    apart = deblend(scene, matched, names, progress=False)
     maps = [_look(obs)["channel_map"] for obs in matched]
     columns = 1 + 2 * len(matched)
     fig = NotebookFigure((1.7 * columns + 0.3, 1.75 * len(names) + 0.5))
@@ -227,10 +230,12 @@ def sources(scene, observations, names: Sequence[str] | None = None) -> Figure:
         rgb = asinh_rgb(alone[(slice(None), *box.slices)], channel_map=model_map, noise=noise)
         show_rgb(model_axes, rgb, scene.frame.wcs, compass=False)
         for n, obs in enumerate(matched):
-            image = np.where(_covered(obs), obs.render(alone) - obs.background_image(), np.nan)
+            image = np.where(_covered(obs), apart.image(name, obs.name), np.nan)
             view = _view(scene.frame, obs, box)
             window = view.intersection(Box(obs.shape[-2:]))
-            alone_here, residual = (plane[(slice(None), *window.slices)] for plane in (image, residuals[n]))
+            alone_here, residual = (
+                plane[(slice(None), *window.slices)] for plane in (image, apart.residuals[obs.name])
+            )
             stretch, q = default_stretch(alone_here, maps[n], obs.noise.level())
             pair = zip(others[2 * n : 2 * n + 2], ("rendered", "data - others"), (0, residual), strict=True)
             for ax, what, rest in pair:

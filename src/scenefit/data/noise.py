@@ -48,7 +48,7 @@ class WhiteNoise(AbstractGaussianNoise):
     host_only: ClassVar = ()
     parameters: ClassVar = {"scale": SCALE}
 
-    def __init__(self, weights, scale=1.0):
+    def __init__(self, weights, scale: np.ndarray | Array | float = 1.0):
         self.weights = as_weights(weights)
         self.scale = as_positive(scale, len(self.weights), "WhiteNoise wants a positive scale")
 

@@ -8,13 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
-from scenefit.arrays.compilation import compiled
+from scenefit.arrays.compilation import as_integers, compiled
 from scenefit.infer import posterior
-from scenefit.infer.dense import MAX_COORDINATES, dense_footprints, hessian
+from scenefit.infer.dense import MAX_COORDINATES
 from scenefit.infer.fit import FitResult
-from scenefit.infer.footprints import Footprints
 from scenefit.infer.inverse import covariance_of, entry_names, undetermined_names
+from scenefit.infer.jacobian import free_coordinates, information_matrix
 from scenefit.infer.problem import Problem, State
 
 
@@ -39,7 +40,7 @@ class ParameterCovariance(eqx.Module):
     places: dict[str, np.ndarray]
 
     def __getitem__(self, paths: str | tuple[str, str]) -> np.ndarray:
-        """Return the covariances of the entries of two parameters, or of one, shape (*shape of first, *shape of second).
+        """Return the covariances of the entries of two parameters, or of one, with the axes of the first and of the second.
 
         Raises
         ------
@@ -108,14 +109,16 @@ def parameter_covariance(result: FitResult) -> ParameterCovariance:
         If there are free images or too many parameters.
     """
     problem, state, layout = posterior.build(result.scene, result.observations, result.parameters, whole_frame=True)
-    where = dense_footprints(problem, layout, result.scene, result.observations)
-    if where is None:
+    count = len(free_coordinates(problem))
+    if not 0 < count <= MAX_COORDINATES or any(np.any(image) for image in problem.free.images):
         raise ValueError(f"Errors of all parameters want 1 to {MAX_COORDINATES} free numbers and no free image.")
-    information, slopes = (np.asarray(part, dtype=float) for part in _information(problem, state, where))
+    index, information = information_matrix(problem, state, layout, result.scene, result.observations)
+    information = information.toarray()
     covariance = covariance_of(information)
+    slopes = np.asarray(_slopes(problem, state, as_integers(index)), dtype=float)
     lost = ~np.isfinite(np.diag(covariance))
     if lost.any():
-        _warn_undetermined(undetermined_names(problem, layout, np.asarray(where.index), information))
+        _warn_undetermined(undetermined_names(problem, layout, index, information))
     fitted = {path: place for path, place in layout.places.items() if result.parameters.is_fitted(path)}
     slopes = np.concatenate([slopes[numbers.ravel()] * units.ravel()[:, None] for numbers, units in fitted.values()])
     matrix = slopes @ np.where(np.isfinite(covariance), covariance, 0.0) @ slopes.T
@@ -141,8 +144,7 @@ def _warn_undetermined(groups: list[str]):
 
 
 @compiled
-def _information(problem: Problem, state: State, where: Footprints):
-    """Return information and curvature of the priors (m, m), and derivatives of all elements along the coordinates (e, m)."""
-    rows = (where.index[:, None] == jnp.arange(len(state.vector))).astype(state.vector.dtype)
-    slopes = jax.vmap(lambda row: jax.jvp(problem.elements, (state.vector,), (row,))[1])(rows)
-    return hessian(problem, state, where, "fisher"), slopes.T
+def _slopes(problem: Problem, state: State, index: Int[Array, " m"]):
+    """Return the derivatives of all elements along the coordinates, shape (e, m)."""
+    rows = (index[:, None] == jnp.arange(len(state.vector))).astype(state.vector.dtype)
+    return jax.vmap(lambda row: jax.jvp(problem.elements, (state.vector,), (row,))[1], out_axes=1)(rows)

@@ -14,16 +14,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 import scipy.sparse
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse.csgraph import connected_components
 
-from scenefit.arrays.compilation import as_floats, as_integers, compiled
+from scenefit.arrays.compilation import as_integers, compiled
 from scenefit.arrays.progress import with_progress
 from scenefit.data.observation import Observation
-from scenefit.infer.footprints import covered_pixels, disjoint_colors
-from scenefit.infer.inverse import covariance_of
+from scenefit.infer.inverse import SINGULAR, covariance_of
+from scenefit.infer.jacobian import StampSlopes, information_matrix
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import (
@@ -36,7 +37,7 @@ from scenefit.infer.quadratic import (
     on_face,
     prior_terms,
 )
-from scenefit.sky.frame import Frame
+from scenefit.model.scene import Scene
 
 MAX_ITERATIONS = 400
 """Conjugate-gradient iterations at most for a column of the inverse Hessian."""
@@ -45,22 +46,22 @@ TOLERANCE = 1e-6
 CHECK_EVERY, GROWTH_TOLERANCE = 25, 5e-3
 """A column is done, too, when so many iterations have added less than this fraction to the variance asked for: the
 standard error is then about a percent short of its value."""
-NEGLIGIBLE = 1e-5
-"""Derivative images are cut where they fall below this fraction of their largest value."""
+NEARLY_SINGULAR = 10 * SINGULAR
+"""Reciprocal condition number below which the eigenvalues of a matrix are looked at."""
 
 
 def vector_covariance(
     problem: Problem,
     state: State,
     layout: Layout,
-    frame: Frame,
+    scene: Scene,
     observations: Sequence[Observation],
+    slopes: Sequence[StampSlopes] | None = None,
     progress: bool = False,
 ) -> tuple[np.ndarray, scipy.sparse.csr_matrix]:
-    """Return the covariance of the free vector coordinates, the images held fixed.
+    """Return the covariance of the free vector coordinates, the images held fixed: the inverse of `information_matrix`.
 
-    Coordinates of sources whose rendered stamps are apart are differentiated together, so that the number of renderings
-    depends on how crowded the field is, not on how many sources it has.
+    Parameters are those of `information_matrix`.
 
     Returns
     -------
@@ -69,23 +70,33 @@ def vector_covariance(
     covariance : sparse matrix, shape (m, m)
         Block-diagonal where sources or channels don't share pixels.
     """
-    derivative = _derivative_matrix(problem, state, layout, frame, observations, progress)
-    information = (derivative.T @ derivative).tocsr()
-    curvature = np.asarray(_prior_terms(problem, state)[2], dtype=float)
-    information = information + scipy.sparse.diags(curvature)
-    free = np.asarray(problem.free.vector) & (information.diagonal() > 0)
-    index = np.nonzero(free)[0]
-    information = information[index][:, index]
+    index, information = information_matrix(problem, state, layout, scene, observations, slopes, progress)
+    known = information.diagonal() > 0
+    index, information = index[known], information[known][:, known]
     _, block = connected_components(information, directed=False)
     order = np.argsort(block, kind="stable")
     starts = np.concatenate([[0], np.nonzero(np.diff(block[order]))[0] + 1, [len(order)]])
     blocks = []
     for first, last in itertools.pairwise(starts):
         members = order[first:last]
-        blocks.append(scipy.sparse.coo_matrix(covariance_of(information[members][:, members].toarray())))
+        blocks.append(scipy.sparse.coo_matrix(_inverse(information[members][:, members].toarray())))
     inverse = scipy.sparse.block_diag(blocks, format="csr") if blocks else scipy.sparse.csr_matrix((0, 0))
     place = np.argsort(order)
     return index, inverse[place][:, place]
+
+
+def _inverse(information: np.ndarray) -> np.ndarray:
+    """Return `covariance_of` a matrix with a positive diagonal, by its Cholesky factor if it is far from singular."""
+    if not len(information):
+        return information
+    scale = 1 / np.sqrt(np.diag(information))
+    scaled = information * scale[:, None] * scale
+    factor, failed = scipy.linalg.lapack.dpotrf(scaled, lower=1)
+    if failed or scipy.linalg.lapack.dpocon(factor, np.abs(scaled).sum(axis=0).max(), uplo="L")[0] < NEARLY_SINGULAR:
+        return covariance_of(information)
+    inverse = np.tril(scipy.linalg.lapack.dpotri(factor, lower=1)[0])
+    inverse += np.tril(inverse, -1).T
+    return inverse * scale[:, None] * scale
 
 
 def marginal_covariance(
@@ -186,57 +197,3 @@ def _inverse_column(problem: Problem, state: State, number, probes):
     start = _Column(jnp.zeros((), jnp.int32), nothing, first, zero, zero, zero, jnp.asarray(False))
     loop = lax.while_loop(lambda q: (q.count < MAX_ITERATIONS + num_probes) & ~q.is_done, body, start)
     return loop.iterate.step.vector
-
-
-_prior_terms = compiled(prior_terms)
-
-
-@compiled
-def _derivative(problem: Problem, state: State, direction):
-    """Return the derivative of the residuals, whose squares are the information, along a direction of the vector."""
-    tangent = State(direction, tuple(jnp.zeros_like(image) for image in state.images))
-    return jax.jvp(lambda at: problem.residuals(at, "fisher")[0], (state,), (tangent,))[1]
-
-
-def _derivative_matrix(problem, state, layout, frame, observations, progress) -> scipy.sparse.csc_matrix:
-    """Return d(whitened residuals) / d(vector coordinates) as a sparse matrix, shape (pixels, n)."""
-    boxes = [member.box for member in layout.members]
-    windows = [covered_pixels(boxes, frame, obs) for obs in observations]
-    colors = disjoint_colors(np.concatenate(windows, axis=1)) if boxes else np.zeros(0, int)
-    groups: dict[tuple, list[tuple[int, int]]] = {}
-    for coordinate, member, slot in _free_coordinates(problem, layout):
-        color = -1 if member < 0 else int(colors[member])
-        groups.setdefault((slot, color), []).append((coordinate, member))
-    starts = np.concatenate([[0], np.cumsum([image.data.size for image in problem.images])])
-    rows, columns, values = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
-    for group in with_progress(groups.values(), "errors of fluxes", progress):
-        direction = np.zeros(len(state.vector))
-        direction[[coordinate for coordinate, _ in group]] = 1.0
-        images = jax.device_get(_derivative(problem, state, as_floats(direction)))
-        for image, start, boxes in zip(images, starts[:-1], windows, strict=True):
-            numbers = np.arange(image.size).reshape(image.shape) + start
-            for coordinate, member in group:
-                y0, y1, x0, x1 = boxes[member] if member >= 0 else (0, image.shape[1], 0, image.shape[2])
-                piece = image[:, y0:y1, x0:x1]
-                keep = np.abs(piece) > NEGLIGIBLE * np.abs(piece).max(initial=0.0)
-                rows.append(numbers[:, y0:y1, x0:x1][keep])
-                columns.append(np.full(keep.sum(), coordinate))
-                values.append(piece[keep].astype(float))
-    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-    return scipy.sparse.csc_matrix(entries, shape=(int(starts[-1]), len(state.vector)))
-
-
-def _free_coordinates(problem: Problem, layout: Layout):
-    """Yield (coordinate, member or -1, slot) for all free coordinates; -1 for those that belong to no single component."""
-    member_of = {(m.stack, m.row): number for number, m in enumerate(layout.members)}
-    index, free = np.asarray(problem.index), np.asarray(problem.free.vector)
-    uses = np.bincount(index, minlength=len(free))
-    for number, leaf in enumerate(problem.leaves):
-        for (row, entry), element in np.ndenumerate(leaf.elements()):
-            coordinate = int(index[element])
-            if not (free[coordinate] and coordinate == element):
-                continue
-            if leaf.kind == "stack" and uses[coordinate] == 1:
-                yield coordinate, member_of[leaf.number, row], (leaf.name, entry)
-            else:
-                yield coordinate, -1, (number, row, entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import astropy.units as u
 import equinox as eqx
@@ -15,6 +16,7 @@ from astropy.table import QTable
 from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.infer import posterior
 from scenefit.infer.fit import FitResult
+from scenefit.infer.jacobian import stamp_slopes
 from scenefit.infer.laplace import marginal_covariance, vector_covariance
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
@@ -22,19 +24,21 @@ from scenefit.model.morphology import AbstractImageMorphology, parameter_values
 from scenefit.model.packing import component_box
 from scenefit.model.parameters import IMAGES
 from scenefit.sky import units
-from scenefit.sky.frame import Channel
-from scenefit.survey.measure import Flag, default_channel_weights, measure_shapes
-from scenefit.survey.sensitivity import NUM_MEASURES, shape_slopes
+from scenefit.sky.frame import Channel, Frame
+from scenefit.survey.columns import describe
+from scenefit.survey.flags import LARGEST_BLENDEDNESS, LARGEST_CORRELATION, MASKED_FRACTION, SIGNIFICANT, Flag
+from scenefit.survey.footprint import FootprintMeasures, measure_footprints
+from scenefit.survey.measure import default_channel_weights, measure_shapes
+from scenefit.survey.radii import light_radii
+from scenefit.survey.sensitivity import shape_slopes
+from scenefit.survey.skyshapes import NUM_COLUMNS, sky_shapes
+from scenefit.survey.stars import sharpest_area, star_scores
 
 BOUND_MARGIN, SMALLEST_RADIUS = 0.01, 1e-3
 """A parameter is at the end of its range within this fraction of it; one with a lower bound alone (a radius, in pixels) within
 this distance."""
-UNRESOLVED = 0.03
-"""Second moment along the major axis, in model pixels squared, below which a source has no axis ratio or angle."""
-NUM_COLUMNS = 7
-"""Columns of positions and shapes that have errors: y, x, ra, dec, half-light radius, axis ratio and position angle."""
-ROUND = 1e-6
-"""Relative difference of the moments along the axes below which a source has no direction."""
+FRACTIONS = (0.2, 0.5, 0.8, 0.9)
+"""Of the light, whose radii are measured."""
 UNKNOWN_ANGLE = float(180 / np.sqrt(12))
 """Standard deviation, in degrees, of a position angle of which nothing is known; no error is larger."""
 
@@ -60,57 +64,99 @@ def catalog(result: FitResult, *, progress: bool = True) -> QTable:
     Returns
     -------
     QTable
-        id; ra, dec [deg, ICRS] (NaN without a WCS), ra_err, dec_err [arcsec, on the sky: not divided by cos(dec)]; y, x and
-        y_err, x_err [pix] on the model frame; for every channel CH flux_CH and flux_err_CH [nJy, or in data units if the
-        observations have no zeropoint], mag_CH and mag_err_CH [AB mag]; half_light_radius [arcsec, or pix without a WCS;
-        circular, model PSF removed], axis_ratio, position_angle [deg, east of north; counter-clockwise from +x without a WCS;
-        both NaN for a source without a measurable size] and the errors of these three, called ..._err; snr (of the flux over
-        all channels), flags (`Flag` bits, explained in the table's metadata). A channel without any valid pixel has NaN flux
-        and infinite error. Errors of positions and shapes are 0 where all that they depend on is fixed, infinite where
-        nothing determines it, and NaN for sources with free pixels.
+        The columns that `COLUMNS` and, with the name of a channel appended, `CHANNEL_COLUMNS` of `scenefit.survey.columns` list,
+        with units: positions in degrees and pixels of the model frame, their errors in arcsec and pixels, fluxes in nJy (or data
+        units if the observations have no zeropoint), AB magnitudes, sizes in arcsec (or pix without a WCS). Each column has its
+        description in `info.description` and its UCD in `info.meta["ucd"]`. `flags` are bits of `Flag`, listed in the metadata.
+
+    Notes
+    -----
+    A channel without any valid pixel has NaN flux and infinite error. Errors of positions and shapes are 0 where all that they
+    depend on is fixed, infinite where nothing determines it, and NaN for sources with free pixels. See `measure_footprints` for
+    blendedness, chi-square and masked fraction, `light_radii` for radii, and `star_scores` for the score.
     """
     result = _matched(result)
     scene, frame = result.scene, result.scene.frame
     names = list(scene.sources)
     problem, state, layout = posterior.build(scene, result.observations, result.parameters)
-    known = vector_covariance(problem, state, layout, frame, result.observations, progress)
-    flux, error = _fluxes(result, problem, layout, known)
+    changes, stamps = stamp_slopes(problem, state), scene.stamps()
+    known = vector_covariance(problem, state, layout, scene, result.observations, changes, progress)
+    flux, error, correlation = _fluxes(result, problem, layout, known)
     weights = _channel_weights(error)
     weights = default_channel_weights(scene) if weights is None else weights
-    shapes = measure_shapes(scene, weights, progress)
-    radius, ratio, angle, slopes = _sky_shapes(shapes, frame)
-    slopes = slopes @ shape_slopes(problem, state, layout, scene, shapes, weights, progress)
-    errors = _shape_errors(result, radius, _standard_errors(slopes, problem, known))
+    shapes = measure_shapes(scene, weights, progress, stamps=stamps)
+    ratio, angle, slopes = sky_shapes(shapes, frame)
+    slopes = slopes @ shape_slopes(problem, layout, changes, scene, stamps, shapes, weights, progress)
+    scale = 1.0 if frame.wcs is None else frame.pixel_scale
+    radii = scale * light_radii(result, shapes, weights, FRACTIONS, stamps, progress)
+    errors = _shape_errors(result, _standard_errors(slopes, problem, known))
+    measures = measure_footprints(scene, result.observations, stamps, progress)
     table = QTable()
     table["id"] = np.array(names, dtype=str)
-    centers = np.array([shape.center for shape in shapes]).reshape(len(names), 2)
-    if frame.wcs is not None:
-        sky = frame.to_sky(centers).icrs
-        table["ra"], table["dec"] = sky.ra.deg * u.deg, sky.dec.deg * u.deg
-    else:
-        table["ra"] = table["dec"] = np.full(len(names), np.nan) * u.deg
-    sky_errors = errors[:, 2:4] if frame.wcs is not None else np.full((len(names), 2), np.nan)
-    table["ra_err"], table["dec_err"] = sky_errors[:, 0] * u.arcsec, sky_errors[:, 1] * u.arcsec
-    table["y"], table["x"] = centers[:, 0] * u.pix, centers[:, 1] * u.pix
-    table["y_err"], table["x_err"] = errors[:, 0] * u.pix, errors[:, 1] * u.pix
-    calibrated = all(obs.flux_unit == "nJy" for obs in result.observations)
-    unit = u.nJy if calibrated else u.dimensionless_unscaled
-    for c, channel in enumerate(frame.channels):
-        label = channel_label(channel)
-        table[f"flux_{label}"], table[f"flux_err_{label}"] = flux[:, c] * unit, error[:, c] * unit
-        magnitude = units.ab_magnitude(flux[:, c]) if calibrated else np.full(len(names), np.nan)
-        magnitude_error = units.ab_magnitude_error(flux[:, c], error[:, c])
-        table[f"mag_{label}"], table[f"mag_err_{label}"] = magnitude * u.mag, magnitude_error * u.mag
+    _add_positions(table, frame, np.array([shape.center for shape in shapes]).reshape(len(names), 2), errors)
+    is_calibrated = all(obs.flux_unit == "nJy" for obs in result.observations)
+    _add_channels(table, frame.channels, flux, error, measures, is_calibrated)
     length = u.pix if frame.wcs is None else u.arcsec
-    table["half_light_radius"], table["half_light_radius_err"] = radius * length, errors[:, 4] * length
+    half_light = _columns(FRACTIONS, radii)[0.5]
+    table["half_light_radius"] = half_light * length
+    table["half_light_radius_err"] = _radius_error(half_light, errors[:, 4]) * length
+    for fraction, radius in _columns(FRACTIONS, radii).items():
+        if fraction != 0.5:
+            table[f"r{100 * fraction:.0f}"] = radius * length
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table["concentration"] = 5 * np.log10(table["r80"] / np.where(table["r20"] > 0, table["r20"], np.nan)).value
+        table["snr"] = np.sqrt(np.nansum(np.where(np.isfinite(error), flux / error, 0.0) ** 2, axis=1))
     table["axis_ratio"], table["axis_ratio_err"] = ratio, errors[:, 5]
     table["position_angle"], table["position_angle_err"] = angle * u.deg, errors[:, 6] * u.deg
-    with np.errstate(invalid="ignore", divide="ignore"):
-        table["snr"] = np.sqrt(np.nansum(np.where(np.isfinite(error), flux / error, 0.0) ** 2, axis=1))
-    table["flags"] = _flags(result, flux, error)
+    psf_area = scale**2 * sharpest_area(frame, result.observations)
+    table["star_score"] = star_scores(half_light**2, errors[:, 4], psf_area)
+    has_data = np.isfinite(error).any(axis=0)
+    table["masked_fraction"] = np.clip(1 - np.min(measures.seen[:, has_data], axis=1, initial=1.0), 0.0, 1.0)
+    table["flux_correlation"] = correlation
+    table["flags"] = _flags(result, flux, error, measures.blendedness, correlation, table["masked_fraction"])
+    describe(table, frame.channels, [channel_label(channel) for channel in frame.channels], is_calibrated)
     table.meta["flags"] = {flag.name: int(flag) for flag in Flag}
     table.meta["status"] = result.status.name
     return table
+
+
+def _columns(names, values: np.ndarray) -> dict:
+    """Return the columns of an array by name."""
+    return dict(zip(names, values.T, strict=True))
+
+
+def _add_positions(table: QTable, frame: Frame, centers: np.ndarray, errors: np.ndarray):
+    """Add the columns of positions."""
+    sky, sky_errors = np.full((2, *centers.shape), np.nan)
+    if frame.wcs is not None:
+        places = frame.to_sky(centers).icrs
+        sky, sky_errors = np.stack([places.ra.deg, places.dec.deg], axis=-1), errors[:, 2:4]
+    table["ra"], table["dec"] = sky.T * u.deg
+    table["ra_err"], table["dec_err"] = sky_errors.T * u.arcsec
+    table["y"], table["x"] = centers.T * u.pix
+    table["y_err"], table["x_err"] = errors[:, :2].T * u.pix
+
+
+def _add_channels(
+    table: QTable,
+    channels: Sequence[Channel],
+    flux: np.ndarray,
+    error: np.ndarray,
+    measures: FootprintMeasures,
+    is_calibrated: bool,
+):
+    """Add the columns of every channel."""
+    unit = u.nJy if is_calibrated else u.dimensionless_unscaled
+    for c, channel in enumerate(channels):
+        label = channel_label(channel)
+        table[f"flux_{label}"], table[f"flux_err_{label}"] = flux[:, c] * unit, error[:, c] * unit
+        magnitude = units.ab_magnitude(flux[:, c]) if is_calibrated else np.full(len(flux), np.nan)
+        magnitude_error = units.ab_magnitude_error(flux[:, c], error[:, c])
+        table[f"mag_{label}"], table[f"mag_err_{label}"] = magnitude * u.mag, magnitude_error * u.mag
+        table[f"blendedness_{label}"] = measures.blendedness[:, c]
+        count = measures.num_pixels[:, c]
+        table[f"chi_square_{label}"] = np.where(count > 0, measures.chi_square[:, c] / np.maximum(count, 1), np.nan)
+        table[f"num_pixels_{label}"] = count
 
 
 def offset_errors(result: FitResult, *, progress: bool = True) -> dict[str, np.ndarray]:
@@ -210,8 +256,8 @@ def _matched(result: FitResult) -> FitResult:
     return dataclasses.replace(result, observations=observations)
 
 
-def _fluxes(result: FitResult, problem: Problem, layout: Layout, known) -> tuple[np.ndarray, np.ndarray]:
-    """Return fluxes and errors, shape (source, channel)."""
+def _fluxes(result: FitResult, problem: Problem, layout: Layout, known) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return fluxes and errors, shape (source, channel), and the largest correlation with another source, shape (source,)."""
     scene, channels = result.scene, result.scene.frame.channels
     entries = dict(zip(dict(scene.components()), posterior.flux_coordinates(problem, layout), strict=True))
     shape = (len(scene.sources), len(channels))
@@ -223,18 +269,42 @@ def _fluxes(result: FitResult, problem: Problem, layout: Layout, known) -> tuple
             for c, entry in enumerate(part.spectrum.layout(channels)):
                 if entry >= 0 and where[entry] >= 0:
                     slopes[n * shape[1] + c, where[entry]] += unit[entry]
-    error = _standard_errors(slopes.tocsr(), problem, known).reshape(shape)
+    slopes = slopes.tocsr()
+    error = _standard_errors(slopes, problem, known).reshape(shape)
+    correlation = _largest_correlation(slopes, known, shape)
     seen = np.zeros(shape[1], bool)
     for obs in result.observations:
         seen[list(obs.matched_renderer.channels)] |= obs.noise.valid[
             (slice(None), *obs.matched_renderer.window.slices)
         ].any(axis=(1, 2))
-    return np.where(seen, flux, np.nan), np.where(seen, error, np.inf)
+    return np.where(seen, flux, np.nan), np.where(seen, error, np.inf), correlation
+
+
+def _largest_correlation(slopes: scipy.sparse.csr_matrix, known, shape: tuple[int, int]) -> np.ndarray:
+    """Return the largest correlation of each source's flux with that of another in the same channel, without its sign."""
+    index, covariance = known
+    finite = np.isfinite(covariance.diagonal())
+    inside = slopes[:, index[finite]]
+    # Row after row: a source and channel by coordinates, then by sources in the same channel.
+    spread = (inside @ covariance[finite][:, finite]).tocsr()
+    largest = np.zeros(shape[0])
+    for c in range(shape[1]):
+        rows = np.arange(c, np.prod(shape), shape[1])
+        matrix = (spread[rows] @ inside[rows].T).toarray()
+        sigma = np.sqrt(np.diag(matrix))
+        np.fill_diagonal(matrix, 0.0)
+        scale = np.where(sigma > 0, 1 / np.where(sigma > 0, sigma, 1.0), 0.0)
+        matrix = np.abs(matrix * scale[:, None] * scale)
+        # What can't be told apart at all has infinite variances.
+        lost = np.asarray(abs(slopes[rows][:, index[~finite]]).sum(axis=1)).ravel() > 0
+        matrix[lost & (lost.sum() > 1)] = 1.0
+        largest = np.maximum(largest, matrix.max(axis=1, initial=0.0))
+    return np.minimum(largest, 1.0)
 
 
 def _channel_weights(error: np.ndarray) -> np.ndarray | None:
     """Return the inverse of the typical flux error in each channel; None if no channel has any."""
-    typical = np.median(error, axis=0)
+    typical = np.median(error, axis=0) if len(error) else np.full(error.shape[1], np.nan)
     usable = np.isfinite(typical) & (typical > 0)
     return np.where(usable, 1 / np.where(usable, typical, 1.0), 0.0) if usable.any() else None
 
@@ -255,73 +325,20 @@ def _standard_errors(slopes: scipy.sparse.csr_matrix, problem: Problem, known) -
     return np.where(along_lost == 0, np.sqrt(np.maximum(variance, 0.0)), along_lost + np.inf)
 
 
-def _sky_shapes(shapes, frame) -> tuple[np.ndarray, np.ndarray, np.ndarray, scipy.sparse.csr_matrix]:
-    """Return half-light radii [arcsec], axis ratios and position angles [deg] on the sky, and derivatives.
-
-    The derivatives, shape (source * 7, source * 6), are those of y, x, east, north, the square of the radius, axis ratio and
-    position angle along what `shape_slopes` is about.
-    """
-    # d(y, x) / d(east, north); without a WCS the columns stand for x and y.
-    inverse = np.linalg.inv(frame.sky_jacobian())
-    scale = np.sqrt(abs(np.linalg.det(inverse)))
-    frame_area = 1 / scale**2
-    radius = np.array([shape.half_light_radius * scale for shape in shapes])
-    ratio, angle = np.full(len(shapes), np.nan), np.full(len(shapes), np.nan)
-    slopes = np.zeros((len(shapes), NUM_COLUMNS, NUM_MEASURES))
-    slopes[:, :2, :2], slopes[:, 2:4, :2], slopes[:, 4, 5] = np.eye(2), inverse, scale**2
-    slopes[:, 5:, 2:5] = np.nan
-    for n, shape in enumerate(shapes):
-        moments = inverse @ shape.moments @ inverse.T
-        if not np.isfinite(moments).all():
-            continue
-        values, vectors = np.linalg.eigh(moments)
-        if values[1] * frame_area < UNRESOLVED:
-            continue
-        ratio[n] = np.sqrt(np.clip(values[0] / values[1], 0, 1))
-        first, second = vectors[:, 1]
-        angle[n] = np.rad2deg(np.arctan2(first, second) if frame.wcs is not None else np.arctan2(second, first)) % 180
-        slopes[n, 5:, 2:5] = _axis_slopes(values, inverse.T @ vectors)
-    # Without the zeros, or the NaN of one quantity would be that of all.
-    source, row, column = np.nonzero(slopes)
-    entries = slopes[source, row, column], (source * NUM_COLUMNS + row, source * NUM_MEASURES + column)
-    size = (len(shapes) * NUM_COLUMNS, len(shapes) * NUM_MEASURES)
-    return radius, ratio, angle, scipy.sparse.csr_matrix(entries, shape=size)
-
-
-def _axis_slopes(values: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """Return the derivatives of axis ratio and angle [deg] along the moments (yy, xy, xx) of the frame, shape (2, 3).
-
-    Parameters
-    ----------
-    values : array, shape (2,)
-        Moments along the axes on the sky, the smaller first.
-    axes : array, shape (2, axis)
-        What the moments on the frame are multiplied with from both sides to have those on the sky.
-    """
-    minor, major = axes.T
-
-    def product(a, b):
-        return np.array([a[0] * b[0], a[0] * b[1] + a[1] * b[0], a[1] * b[1]])
-
-    if values[0] <= 0:
-        return np.full((2, 3), np.nan)
-    ratio = np.sqrt(values[0] / values[1])
-    of_ratio = 0.5 * ratio * (product(minor, minor) / values[0] - product(major, major) / values[1])
-    difference = max(values[1] - values[0], ROUND * values[1])
-    return np.stack([of_ratio, np.rad2deg(product(minor, major) / difference)])
-
-
-def _shape_errors(result: FitResult, radius: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Return the errors of y, x, east, north, radius, axis ratio and angle, shape (source, 7), from those with its square."""
+def _shape_errors(result: FitResult, errors: np.ndarray) -> np.ndarray:
+    """Return the errors of y, x, east, north, squared radius, axis ratio and angle, shape (source, 7)."""
     errors = errors.reshape(-1, NUM_COLUMNS).copy()
-    # That of the square can be larger than the square itself.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        errors[:, 4] = np.fmin(errors[:, 4] / (2 * radius), np.sqrt(errors[:, 4]))
     errors[:, 6] = np.minimum(errors[:, 6], UNKNOWN_ANGLE)
     for n, (name, source) in enumerate(result.scene.sources.items()):
         if any(_has_free_image(part, path, result) for path, part in source.components(f"sources.{name}")):
             errors[n] = np.nan
     return errors
+
+
+def _radius_error(radius: np.ndarray, squared_error: np.ndarray) -> np.ndarray:
+    """Return the error of a radius from that of its square, which can be larger than the square itself."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.fmin(squared_error / (2 * radius), np.sqrt(squared_error))
 
 
 def _has_free_image(component, path, result: FitResult) -> bool:
@@ -345,7 +362,7 @@ def _is_at_bound(component, path, result: FitResult) -> bool:
     return False
 
 
-def _flags(result: FitResult, flux, error) -> np.ndarray:
+def _flags(result: FitResult, flux, error, blendedness, correlation, masked_fraction) -> np.ndarray:
     """Return the flags of every source."""
     frame = result.scene.frame
     flags = np.zeros(len(flux), int)
@@ -359,6 +376,10 @@ def _flags(result: FitResult, flux, error) -> np.ndarray:
     flags[~np.isfinite(flux).all(axis=1)] |= Flag.NO_DATA
     flags[(np.isfinite(flux) & (flux <= 0)).any(axis=1)] |= Flag.ZERO_FLUX
     flags[~(np.nan_to_num(flux) > 0).any(axis=1)] |= Flag.VANISHED
+    flags[masked_fraction > MASKED_FRACTION] |= Flag.MASKED
+    flags[(flux < -SIGNIFICANT * error).any(axis=1)] |= Flag.NEGATIVE
+    is_drowned = (blendedness > LARGEST_BLENDEDNESS) & (flux > SIGNIFICANT * error)
+    flags[(correlation > LARGEST_CORRELATION) | is_drowned.any(axis=1)] |= Flag.BLENDED
     if not result.is_converged:
         flags |= Flag.NOT_CONVERGED
     return flags

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 
 import equinox as eqx
@@ -20,25 +19,10 @@ from scenefit.model.source import AbstractSource, Source
 SMOOTHING = 1.0
 """Standard deviation, in pixels, of the Gaussian that an image is smoothed with before its moments are taken: a matched
 weight as narrow as the model PSF would be sampled too coarsely. Taken out again."""
+CUT = 6.0
+"""Standard deviations beyond which a matched weight, of 1e-8 there, is left out."""
 MARGIN = int(np.ceil(4 * SMOOTHING))
 """Pixels around an image that its light is smoothed into."""
-
-
-class Flag(enum.IntFlag):
-    """What a user of a catalogue row should know; bits of the column `flags`."""
-
-    EDGE = 1
-    """The source's stamp reaches the edge of the model frame."""
-    NO_DATA = 2
-    """At least one channel has no valid pixel: its flux is NaN, its error infinite."""
-    NOT_CONVERGED = 4
-    """The fit ended before it met its tolerance."""
-    ZERO_FLUX = 8
-    """The flux is at its lower bound in at least one channel that has data."""
-    VANISHED = 16
-    """No light is left in any channel: shape and position are meaningless."""
-    AT_BOUND = 32
-    """A shape parameter is at the end of its range, such as the largest Sersic index: it isn't measured."""
 
 
 class Shape(eqx.Module):
@@ -60,7 +44,11 @@ class Shape(eqx.Module):
 
 
 def measure_shapes(
-    scene: Scene, channel_weights: Sequence[float] | np.ndarray | None = None, progress: bool = False
+    scene: Scene,
+    channel_weights: Sequence[float] | np.ndarray | None = None,
+    progress: bool = False,
+    *,
+    stamps: Mapping[str, tuple[Box, np.ndarray]] | None = None,
 ) -> list[Shape]:
     """Measure every source on its noise-free model image, the channels added with weights.
 
@@ -75,6 +63,8 @@ def measure_shapes(
         default the inverse of the channel's flux in the whole scene. Only ratios matter.
     progress : bool
         Whether to show a progress bar if it takes more than two seconds.
+    stamps : dict of (Box, array), optional
+        `Scene.stamps`, if they are known already.
 
     Returns
     -------
@@ -82,7 +72,7 @@ def measure_shapes(
         One a source, in order.
     """
     weights = default_channel_weights(scene) if channel_weights is None else np.asarray(channel_weights, dtype=float)
-    stamps, sigma = scene.stamps(), model_psf_sigma(scene.frame)
+    stamps, sigma = scene.stamps() if stamps is None else stamps, model_psf_sigma(scene.frame)
     result = []
     for name, source in with_progress(scene.sources.items(), "shapes", progress):
         box, image = source_image(scene, name, stamps, weights)
@@ -148,24 +138,26 @@ def _measure_image(image: np.ndarray, start: np.ndarray, psf_sigma: float, keep_
     center, moments = _adaptive_moments(smooth, start + MARGIN)
     center = start if keep_center else center - MARGIN
     moments = moments - (psf_sigma**2 + SMOOTHING**2) * np.eye(2)
-    squared = _half_light_radius(image, center) ** 2 - blurring(psf_sigma)
+    squared = growth_radius(image, center, 0.5) ** 2 - blurring(psf_sigma)
     return Shape(center, float(np.sqrt(max(squared, 0.0))), moments)
 
 
-def blurring(psf_sigma: float) -> float:
-    """Return what the model PSF and a pixel add to the square of a half-light radius, as if all were Gaussian."""
+def blurring(psf_sigma: float, fraction: float = 0.5) -> float:
+    """Return what the model PSF and a pixel add to the square of the radius of a fraction of the light, were all Gaussian."""
     # A pixel has the variance 1/12.
-    return 2 * np.log(2) * (psf_sigma**2 + 1 / 12)
+    return -2 * np.log1p(-fraction) * (psf_sigma**2 + 1 / 12)
 
 
 def _adaptive_moments(image: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return centroid and second moments of the Gaussian that fits the image best."""
-    y, x = np.mgrid[: image.shape[0], : image.shape[1]].astype(float)
     center, moments = start.copy(), 4.0 * np.eye(2)
     for _ in range(100):
-        dy, dx = y - center[0], x - center[1]
+        window = weighted_window(image.shape, center, moments)
+        part = image[window]
+        dy, dx = (np.arange(each.start, each.stop) - c for each, c in zip(window, center, strict=True))
+        dy = dy[:, None]
         inverse = np.linalg.inv(moments)
-        weight = image * np.exp(-0.5 * (inverse[0, 0] * dy**2 + 2 * inverse[0, 1] * dy * dx + inverse[1, 1] * dx**2))
+        weight = part * np.exp(-0.5 * (inverse[0, 0] * dy**2 + 2 * inverse[0, 1] * dy * dx + inverse[1, 1] * dx**2))
         total = weight.sum()
         if not total > 0:
             break
@@ -181,15 +173,24 @@ def _adaptive_moments(image: np.ndarray, start: np.ndarray) -> tuple[np.ndarray,
     return center, moments
 
 
-def _half_light_radius(image: np.ndarray, center: np.ndarray) -> float:
-    """Return the radius of the circle around `center` that holds half of the image's sum.
+def weighted_window(shape: tuple[int, ...], center: np.ndarray, moments: np.ndarray) -> tuple[slice, slice]:
+    """Return the rows and columns of an image where a Gaussian weight of these moments is more than nothing."""
+    reach = CUT * np.sqrt(np.diag(moments)) + 1
+    low = np.clip(np.floor(center - reach), 0, shape).astype(int)
+    high = np.clip(np.ceil(center + reach) + 1, low, shape).astype(int)
+    return slice(low[0], high[0]), slice(low[1], high[1])
+
+
+def growth_radius(image: np.ndarray, center: np.ndarray, fraction: float) -> float:
+    """Return the radius of the circle around `center` that holds a fraction of the image's sum.
 
     The light of a pixel is spread evenly over radii half a pixel either side, as if the image were convolved with a pixel.
     """
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
-    radius = np.hypot(y - center[0], x - center[1])
+    radius, total = np.hypot(y - center[0], x - center[1]), image.sum()
 
     def excess(limit):
-        return float((image * np.clip(limit - radius + 0.5, 0.0, 1.0)).sum() - 0.5 * image.sum())
+        return float((image * np.clip(limit - radius + 0.5, 0.0, 1.0)).sum() - fraction * total)
 
-    return float(scipy.optimize.brentq(excess, 0.0, radius.max() + 0.5, xtol=1e-4))
+    # Half of the pixel in the middle may be more than that.
+    return 0.0 if excess(0.0) >= 0 else float(scipy.optimize.brentq(excess, 0.0, radius.max() + 0.5, xtol=1e-4))

@@ -7,24 +7,30 @@ changes by dI therefore moves them by the sum of dI times a map, their influence
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from scipy import ndimage
 
-from scenefit.arrays.compilation import as_floats, compiled
+from scenefit.arrays.box import Box
 from scenefit.arrays.progress import with_progress
 from scenefit.infer.footprints import slot_of_elements
+from scenefit.infer.jacobian import StampSlopes
 from scenefit.infer.posterior import Layout, flux_coordinates
-from scenefit.infer.problem import Problem, State
+from scenefit.infer.problem import Problem
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
-from scenefit.survey.measure import MARGIN, SMOOTHING, Shape, blurring, has_own_center, source_image
+from scenefit.survey.measure import (
+    MARGIN,
+    SMOOTHING,
+    Shape,
+    blurring,
+    has_own_center,
+    source_image,
+    weighted_window,
+)
 
 NUM_MEASURES = 6
 """Numbers that are measured of a shape: center (y, x), moments (yy, xy, xx), square of the half-light radius; in pixels."""
@@ -58,7 +64,7 @@ class _Part(NamedTuple):
     def along_shape(self, change: np.ndarray) -> np.ndarray:
         """Return the change of the measures, shape (6,), when the stamp changes, shape (plane, h, w)."""
         planes = self.weighted_flux if len(change) > 1 else self.weighted_flux.sum(keepdims=True)
-        return np.einsum("kyx,c,cyx->k", self.maps, planes, change, optimize=True)
+        return _products(self.maps, planes, change)
 
     def along_flux(self, entry: int) -> np.ndarray:
         """Return the change of the measures, shape (6,), with an entry of the spectrum."""
@@ -67,14 +73,21 @@ class _Part(NamedTuple):
         if self.is_centered and len(self.stamp) == 1:
             return np.zeros(NUM_MEASURES)
         planes = shown if len(self.stamp) > 1 else shown.sum(keepdims=True)
-        return np.einsum("kyx,c,cyx->k", self.maps, planes, self.stamp, optimize=True)
+        return _products(self.maps, planes, self.stamp)
+
+
+def _products(maps: np.ndarray, planes: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Return the sums over pixels of maps (k, y, x) times the sum of images (plane, y, x) with weights."""
+    total = planes[0] * images[0] if len(images) == 1 else np.tensordot(planes, images, axes=1)
+    return maps.reshape(len(maps), -1) @ total.ravel().astype(float)
 
 
 def shape_slopes(
     problem: Problem,
-    state: State,
     layout: Layout,
+    changes: Sequence[StampSlopes],
     scene: Scene,
+    stamps: Mapping[str, tuple[Box, np.ndarray]],
     shapes: Sequence[Shape],
     channel_weights: np.ndarray,
     progress: bool = False,
@@ -83,9 +96,13 @@ def shape_slopes(
 
     Parameters
     ----------
-    problem, state, layout
+    problem, layout
         Of the scene, as `posterior.build` gives them.
+    changes : sequence of StampSlopes
+        `stamp_slopes` of the problem.
     scene : Scene
+    stamps : dict of (Box, array)
+        `Scene.stamps`.
     shapes : sequence of Shape
         What `measure_shapes` finds, one a source.
     channel_weights : array, shape (channel,)
@@ -99,23 +116,23 @@ def shape_slopes(
         For each source center (y, x), moments (yy, xy, xx) and squared half-light radius, in pixels; NaN for the shape of a
         source without light.
     """
-    parts = _measured_parts(scene, shapes, channel_weights, progress)
+    parts = _measured_parts(scene, stamps, shapes, channel_weights, progress)
     index = np.asarray(problem.index)
     rows, columns, values = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
-    for path, coordinate, slopes in _slopes(problem, state, layout, parts, index):
+    for path, coordinate, slopes in _slopes(problem, layout, changes, parts, index):
         rows.append(parts[path].row + np.arange(NUM_MEASURES))
         columns.append(np.full(NUM_MEASURES, coordinate))
         values.append(slopes)
     entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
     # Tied elements share a coordinate; their slopes are added up.
-    result = scipy.sparse.csr_matrix(entries, shape=(len(shapes) * NUM_MEASURES, len(state.vector)))
+    result = scipy.sparse.csr_matrix(entries, shape=(len(shapes) * NUM_MEASURES, len(problem.lowest.vector)))
     result.eliminate_zeros()
     return result
 
 
-def _measured_parts(scene: Scene, shapes, channel_weights, progress: bool) -> dict[str, _Part]:
+def _measured_parts(scene: Scene, stamps, shapes, channel_weights, progress: bool) -> dict[str, _Part]:
     """Return all components of a scene, by path."""
-    stamps, psf_sigma, channels = scene.stamps(), model_psf_sigma(scene.frame), scene.frame.channels
+    psf_sigma, channels = model_psf_sigma(scene.frame), scene.frame.channels
     result = {}
     sources = list(zip(scene.sources.items(), shapes, strict=True))
     for number, ((name, source), shape) in enumerate(with_progress(sources, "errors of shapes", progress)):
@@ -124,7 +141,7 @@ def _measured_parts(scene: Scene, shapes, channel_weights, progress: bool) -> di
         maps = _influence(image, shape, np.array(box.origin), psf_sigma, is_centered)
         for path, part in source.components(f"sources.{name}"):
             place, stamp = stamps[path]
-            own = maps[:, *place.shift((-box.origin[0], -box.origin[1])).slices].astype(np.float32)
+            own = maps[:, *place.shift((-box.origin[0], -box.origin[1])).slices]
             flux = np.asarray(part.spectrum.evaluate(channels), dtype=float) * channel_weights
             result[path] = _Part(
                 NUM_MEASURES * number, is_centered, own, stamp, flux, channel_weights, part.spectrum.layout(channels)
@@ -132,7 +149,7 @@ def _measured_parts(scene: Scene, shapes, channel_weights, progress: bool) -> di
     return result
 
 
-def _slopes(problem: Problem, state: State, layout: Layout, parts: dict[str, _Part], index: np.ndarray) -> Iterator:
+def _slopes(problem: Problem, layout: Layout, changes, parts: dict[str, _Part], index: np.ndarray) -> Iterator:
     """Yield path, coordinate and the slopes of the measures along it, for all elements of components."""
     fluxes = zip(layout.members, flux_coordinates(problem, layout), strict=True)
     for member, (coordinates, units) in fluxes:
@@ -140,35 +157,21 @@ def _slopes(problem: Problem, state: State, layout: Layout, parts: dict[str, _Pa
             if coordinate >= 0:
                 yield member.path, coordinate, unit * parts[member.path].along_flux(entry)
     members = {(member.stack, member.row): member for member in layout.members}
-    slot, of_flux = slot_of_elements(problem)
-    for number in range(of_flux):
-        changes = jax.device_get(_stamp_changes(problem, state, as_floats(slot == number)))
-        for leaf in problem.leaves:
-            if leaf.kind != "stack" or leaf.name == "flux":
+    slot, _ = slot_of_elements(problem)
+    stamps = [np.asarray(each.stamps) for each in changes]
+    for leaf in problem.leaves:
+        if leaf.kind != "stack" or leaf.name == "flux":
+            continue
+        for (row, entry), element in np.ndenumerate(leaf.elements()):
+            if (leaf.number, row) not in members:
                 continue
-            for (row, entry), element in np.ndenumerate(leaf.elements()):
-                if slot[element] != number or (leaf.number, row) not in members:
-                    continue
-                member = members[leaf.number, row]
-                part = parts[member.path]
-                if part.is_centered and leaf.name == "center":
-                    yield member.path, index[element], (np.arange(NUM_MEASURES) == entry).astype(float)
-                else:
-                    change = changes[leaf.number][(row, slice(None), *member.window)]
-                    yield member.path, index[element], part.along_shape(change.astype(float))
-
-
-@compiled
-def _stamp_changes(problem: Problem, state: State, direction):
-    """Return the derivatives of all stamps along a direction of the elements' own coordinates."""
-    # Every element is a coordinate of its own here.
-    numbers = jnp.arange(len(problem.index), dtype=problem.index.dtype)
-    untied = eqx.tree_at(lambda p: p.index, problem, numbers)
-
-    def stamps(vector):
-        return [stack.stamps(problem.psf_sigma) for stack in untied.fill(State(vector, state.images))[0]]
-
-    return jax.jvp(stamps, (state.vector[problem.index],), (direction,))[1]
+            member = members[leaf.number, row]
+            part = parts[member.path]
+            if part.is_centered and leaf.name == "center":
+                yield member.path, index[element], (np.arange(NUM_MEASURES) == entry).astype(float)
+            else:
+                change = stamps[leaf.number][(slot[element], row, slice(None), *member.window)]
+                yield member.path, index[element], part.along_shape(change)
 
 
 def _influence(image: np.ndarray, shape: Shape, origin: np.ndarray, psf_sigma: float, is_centered: bool) -> np.ndarray:
@@ -230,9 +233,13 @@ def _moment_influence(image: np.ndarray, center: np.ndarray, moments: np.ndarray
     and g the components of d and 2 d d^T - M.
     """
     height, width = image.shape
-    smooth = ndimage.gaussian_filter(np.pad(image, MARGIN), SMOOTHING, mode="constant")
-    y, x = np.mgrid[-MARGIN : height + MARGIN, -MARGIN : width + MARGIN]
-    dy, dx = y - center[0], x - center[1]
+    padded = np.pad(image, 2 * MARGIN)
+    # All that the weights see, once smoothed.
+    rows, columns = weighted_window(padded.shape, center + 2 * MARGIN, moments)
+    window = tuple(slice(max(part.start - MARGIN, 0), part.stop + MARGIN) for part in (rows, columns))
+    smooth = ndimage.gaussian_filter(padded[window], SMOOTHING, mode="constant")
+    y, x = np.mgrid[: smooth.shape[0], : smooth.shape[1]]
+    dy, dx = (each + part.start - 2 * MARGIN - c for each, part, c in zip((y, x), window, center, strict=True))
     inverse = np.linalg.inv(moments)
     uy, ux = inverse[0, 0] * dy + inverse[0, 1] * dx, inverse[0, 1] * dy + inverse[1, 1] * dx
     weight = np.exp(-0.5 * (uy * dy + ux * dx))
@@ -240,12 +247,13 @@ def _moment_influence(image: np.ndarray, center: np.ndarray, moments: np.ndarray
     terms = np.stack([dy, dx, 2 * dy**2 - yy, 2 * dy * dx - yx, 2 * dx**2 - xx])
     # Derivatives of the sums along center and moments: those of w, then those of g.
     slopes = np.stack([uy, ux, 0.5 * uy**2, uy * ux, 0.5 * ux**2])
-    matrix = np.einsum("jyx,pyx->jp", terms * (smooth * weight), slopes, optimize=True)
+    matrix = (terms * (smooth * weight)).reshape(5, -1) @ slopes.reshape(5, -1).T
     total, first_y, first_x = ((smooth * weight * each).sum() for each in (1.0, dy, dx))
     matrix -= total * np.eye(5)
     matrix[2:, 0] -= [4 * first_y, 2 * first_x, 0.0]
     matrix[2:, 1] -= [0.0, 2 * first_y, 4 * first_x]
     # What an image is summed with after smoothing is what it is summed with before, smoothed.
-    kernels = [ndimage.gaussian_filter(weight * term, SMOOTHING, mode="constant") for term in terms]
-    kernels = np.stack(kernels)[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    return -np.linalg.solve(matrix, kernels.reshape(5, -1)).reshape(5, height, width)
+    kernels = np.stack([ndimage.gaussian_filter(weight * term, SMOOTHING, mode="constant") for term in terms])
+    maps = np.zeros((5, *padded.shape))
+    maps[(slice(None), *window)] = -np.linalg.solve(matrix, kernels.reshape(5, -1)).reshape(kernels.shape)
+    return maps[:, 2 * MARGIN : 2 * MARGIN + height, 2 * MARGIN : 2 * MARGIN + width]
