@@ -35,7 +35,7 @@ from scenefit.sky.mixture import GaussianMixturePSF
 from scenefit.sky.psf import GaussianPSF, ImagePSF
 from scenefit.survey import priors
 from scenefit.survey.average import average_profiles, evidence_weights
-from scenefit.survey.catalog import catalog, nuisance_errors, offset_errors
+from scenefit.survey.catalog import CatalogCovariance, catalog, catalog_covariance, nuisance_errors, offset_errors
 from scenefit.survey.deblend import Deblended, deblend
 from scenefit.survey.forced import ForcedPhotometry, forced_photometry
 from scenefit.survey.initialize import initialize
@@ -45,6 +45,7 @@ __all__ = [
     "ArraySpectrum",
     "Astrometry",
     "Calibration",
+    "CatalogCovariance",
     "CompositeSource",
     "CorrelatedNoise",
     "CorrelatedObservation",
@@ -80,6 +81,7 @@ __all__ = [
     "WhiteNoise",
     "average_profiles",
     "catalog",
+    "catalog_covariance",
     "datasets",
     "deblend",
     "evidence_weights",

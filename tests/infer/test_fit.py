@@ -235,7 +235,14 @@ def test_the_unit_of_one_instrument_does_not_matter(scale):
         if name in ("id", "flags"):
             assert (first[name] == second[name]).all()
         elif not name.startswith("mag"):
-            np.testing.assert_allclose(second[name].value / factor, first[name].value, rtol=1e-3)
+            np.testing.assert_allclose(
+                second[name].value / factor, first[name].value, rtol=1e-3, atol=rounding_of(name)
+            )
+
+
+def rounding_of(name):
+    """Return what of a column is rounding in single precision: of fractions of the light, and of the chi-square of no noise."""
+    return 1e-3 if name.startswith(("masked_fraction", "chi_square")) else 0.0
 
 
 def test_a_shift_is_recovered_within_its_errors():
@@ -273,7 +280,7 @@ def test_a_band_without_data_leaves_the_others_untouched():
         if name in ("id", "flags"):
             continue
         # 1e-4 of values determined to 1 %: both fits stop within 1e-3 standard errors of the minimum, rounding in float32.
-        np.testing.assert_allclose(table[name].value, reference[name].value, rtol=1e-4)
+        np.testing.assert_allclose(table[name].value, reference[name].value, rtol=1e-4, atol=rounding_of(name))
     assert (table["flags"] & table.meta["flags"]["NO_DATA"] > 0).all()
     assert not (reference["flags"] & reference.meta["flags"]["NO_DATA"]).any()
 

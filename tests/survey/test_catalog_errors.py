@@ -126,7 +126,8 @@ def truth_of(values):
         # x points west, y north.
         result += [*flux, *center, -SHARP_SCALE * center[1], SHARP_SCALE * center[0]]
         result += [SHARP_SCALE * circular_radius(radius, float(index), ellipticity), np.sqrt((1 - norm) / (1 + norm))]
-        result += [np.rad2deg(0.5 * np.arctan2(ellipticity[1], ellipticity[0]))]
+        # East of north: clockwise from x.
+        result += [-np.rad2deg(0.5 * np.arctan2(ellipticity[1], ellipticity[0]))]
     return np.array(result)
 
 
@@ -171,6 +172,21 @@ def test_errors_are_those_of_the_dense_covariance(size, name):
     found = errors_in(sf.catalog(result, progress=False))
     # 2e-2: the radius is measured from pixels, its errors have been within 7e-3; all others within 2e-3.
     np.testing.assert_allclose(found, expected, rtol=0.02)
+    together = sf.catalog_covariance(result, progress=False)
+    names = [(source, column.replace("_err", "", 1)) for source in ("galaxy", "disk") for column in COLUMNS]
+    order = [together.names.index(each) for each in names]
+    correlation = together.matrix[np.ix_(order, order)] / np.outer(found, found)
+    exact = slopes @ covariance @ slopes.T / np.outer(expected, expected)
+    np.testing.assert_allclose(correlation, exact, atol=0.02)
+    pair = ("galaxy", "flux_g"), ("disk", "flux_g")
+    assert together[pair] == together.matrix[names_at(together, pair)]
+    with pytest.raises(KeyError, match=r"want \(source, column\)"):
+        together[("galaxy", "flux_z"), ("disk", "y")]
+
+
+def names_at(together, pair):
+    """Return row and column of a pair of quantities."""
+    return tuple(together.names.index(each) for each in pair)
 
 
 def with_values(result, values):

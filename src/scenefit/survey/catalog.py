@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import astropy.units as u
 import equinox as eqx
@@ -75,13 +76,98 @@ def catalog(result: FitResult, *, progress: bool = True) -> QTable:
     depend on is fixed, infinite where nothing determines it, and NaN for sources with free pixels. See `measure_footprints` for
     blendedness, chi-square and masked fraction, `light_radii` for radii, and `star_scores` for the score.
     """
+    return _measure(result, progress).table
+
+
+class CatalogCovariance(eqx.Module):
+    """Covariances of what a catalogue lists, of all sources with one another.
+
+    Attributes
+    ----------
+    names : tuple of (str, str)
+        Source and column of every row of the matrix: `flux_CH` of every channel, `y`, `x`, `ra`, `dec`, `half_light_radius`,
+        `axis_ratio`, `position_angle`.
+    matrix : array, shape (q, q)
+        In the units of the table's errors (`ra` and `dec` in arcsec on the sky). Where an error is infinite so is the variance,
+        and its covariances are 0; NaN with what has no error.
+    """
+
+    names: tuple[tuple[str, str], ...] = eqx.field(static=True)
+    matrix: np.ndarray
+
+    def __getitem__(self, pair: tuple[tuple[str, str], tuple[str, str]]) -> float:
+        """Return the covariance of two quantities, each given as (source, column).
+
+        Raises
+        ------
+        KeyError
+            If there is no such source or column.
+        """
+        if unknown := [each for each in pair if tuple(each) not in self.names]:
+            columns = list(dict.fromkeys(column for _, column in self.names))
+            raise KeyError(f"There is no {unknown}: want (source, column), with the columns {columns}.")
+        first, second = (self.names.index(tuple(each)) for each in pair)
+        return float(self.matrix[first, second])
+
+
+def catalog_covariance(result: FitResult, *, progress: bool = True) -> CatalogCovariance:
+    """Return the covariances of fluxes, positions and shapes of all sources of a fit, of which `catalog` has the errors.
+
+    Parameters
+    ----------
+    result : FitResult
+    progress : bool
+        Whether to show a progress bar on standard error if it takes more than two seconds.
+
+    Returns
+    -------
+    CatalogCovariance
+        Neighbours and nuisances marginalised, to first order in what is measured.
+    """
+    measured = _measure(result, progress)
+    table, (index, covariance) = measured.table, measured.known
+    fluxes = [name for name in table.colnames if name.startswith("flux_err_")]
+    names = [(str(n), name.replace("flux_err_", "flux_")) for n in table["id"] for name in fluxes]
+    errors = [np.stack([np.asarray(table[name]) for name in fluxes], axis=-1).ravel()]
+    names += [(str(n), name) for n in table["id"] for name in SHAPE_NAMES]
+    errors += [np.stack([np.asarray(table[f"{name}_err"]) for name in SHAPE_NAMES], axis=-1).ravel()]
+    sigma = np.concatenate(errors)
+    finite = np.isfinite(covariance.diagonal())
+    inside = measured.slopes[:, index[finite]]
+    product = (inside @ covariance[finite][:, finite] @ inside.T).toarray()
+    # Columns are their own multiples of what has slopes.
+    scale = np.sqrt(np.diag(product))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = product / np.where(scale > 0, scale, np.inf)[:, None] / np.where(scale > 0, scale, np.inf)
+    known = np.isfinite(sigma)
+    matrix = np.where(known[:, None] & known, correlation * np.outer(*[np.where(known, sigma, 0.0)] * 2), 0.0)
+    lost = np.isnan(sigma)
+    matrix[lost], matrix[:, lost] = np.nan, np.nan
+    matrix[np.diag_indices_from(matrix)] = sigma**2
+    return CatalogCovariance(tuple(names), matrix)
+
+
+SHAPE_NAMES = ("y", "x", "ra", "dec", "half_light_radius", "axis_ratio", "position_angle")
+"""Columns of positions and shapes that have errors, in the order of the slopes of `sky_shapes`."""
+
+
+class _Measured(NamedTuple):
+    """A catalogue; derivatives of fluxes (source, channel), then shapes (source, 7); coordinates and their covariance."""
+
+    table: QTable
+    slopes: scipy.sparse.csr_matrix
+    known: tuple
+
+
+def _measure(result: FitResult, progress: bool) -> _Measured:
+    """Measure every source."""
     result = _matched(result)
     scene, frame = result.scene, result.scene.frame
     names = list(scene.sources)
     problem, state, layout = posterior.build(scene, result.observations, result.parameters)
     changes, stamps = stamp_slopes(problem, state), scene.stamps()
     known = vector_covariance(problem, state, layout, scene, result.observations, changes, progress)
-    flux, error, correlation = _fluxes(result, problem, layout, known)
+    flux, error, correlation, flux_slopes = _fluxes(result, problem, layout, known)
     weights = _channel_weights(error)
     weights = default_channel_weights(scene) if weights is None else weights
     shapes = measure_shapes(scene, weights, progress, stamps=stamps)
@@ -117,7 +203,7 @@ def catalog(result: FitResult, *, progress: bool = True) -> QTable:
     describe(table, frame.channels, [channel_label(channel) for channel in frame.channels], is_calibrated)
     table.meta["flags"] = {flag.name: int(flag) for flag in Flag}
     table.meta["status"] = result.status.name
-    return table
+    return _Measured(table, scipy.sparse.vstack([flux_slopes, slopes], format="csr"), known)
 
 
 def _columns(names, values: np.ndarray) -> dict:
@@ -256,8 +342,10 @@ def _matched(result: FitResult) -> FitResult:
     return dataclasses.replace(result, observations=observations)
 
 
-def _fluxes(result: FitResult, problem: Problem, layout: Layout, known) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return fluxes and errors, shape (source, channel), and the largest correlation with another source, shape (source,)."""
+def _fluxes(
+    result: FitResult, problem: Problem, layout: Layout, known
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, scipy.sparse.csr_matrix]:
+    """Return fluxes and errors, shape (source, channel), the largest correlation with another source, and derivatives."""
     scene, channels = result.scene, result.scene.frame.channels
     entries = dict(zip(dict(scene.components()), posterior.flux_coordinates(problem, layout), strict=True))
     shape = (len(scene.sources), len(channels))
@@ -277,7 +365,7 @@ def _fluxes(result: FitResult, problem: Problem, layout: Layout, known) -> tuple
         seen[list(obs.matched_renderer.channels)] |= obs.noise.valid[
             (slice(None), *obs.matched_renderer.window.slices)
         ].any(axis=(1, 2))
-    return np.where(seen, flux, np.nan), np.where(seen, error, np.inf), correlation
+    return np.where(seen, flux, np.nan), np.where(seen, error, np.inf), correlation, slopes
 
 
 def _largest_correlation(slopes: scipy.sparse.csr_matrix, known, shape: tuple[int, int]) -> np.ndarray:
