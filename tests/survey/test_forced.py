@@ -22,7 +22,8 @@ from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import TransientSpectrum
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
-from scenefit.survey.forced import PhotometryFlag, forced_photometry
+from scenefit.survey.flags import PhotometryFlag
+from scenefit.survey.forced import forced_photometry
 from tests.helpers import gaussian_image, tangent_wcs, with_sip
 
 SHAPE, SCALE = (40, 44), 0.12

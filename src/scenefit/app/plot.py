@@ -166,7 +166,7 @@ def scene(scene, observations, *, labels: bool = True, boxes: bool = True, chann
     _mark_scene(model_axes, scene, None, labels, boxes)
     for obs, image, values, (shown, title), axes in zip(matched, rendered, compared, maps, rows, strict=True):
         look = _look(obs)
-        light = np.where(_covered(obs), image - obs.background_image(), np.nan)
+        light = np.where(obs.covered, image - obs.background_image(), np.nan)
         show_rgb(axes[0], asinh_rgb(_light(obs), **look), obs.wcs)
         show_rgb(axes[1], asinh_rgb(light, **look), obs.wcs, compass=False)
         _mark_scene(axes[0], scene, obs, labels, boxes)
@@ -230,7 +230,7 @@ def sources(scene, observations, names: Sequence[str] | None = None) -> Figure:
         rgb = asinh_rgb(alone[(slice(None), *box.slices)], channel_map=model_map, noise=noise)
         show_rgb(model_axes, rgb, scene.frame.wcs, compass=False)
         for n, obs in enumerate(matched):
-            image = np.where(_covered(obs), apart.image(name, obs.name), np.nan)
+            image = np.where(obs.covered, apart.image(name, obs.name), np.nan)
             view = _view(scene.frame, obs, box)
             window = view.intersection(Box(obs.shape[-2:]))
             alone_here, residual = (
@@ -312,18 +312,6 @@ def _matched(observations, frame) -> list:
     return [obs.match(frame) for obs in observations]
 
 
-def _covered(obs) -> np.ndarray:
-    """Return which pixels (y, x) of a matched observation lie on the model frame."""
-    covered = np.zeros(obs.shape[-2:], bool)
-    covered[obs.renderer.window.slices] = obs.renderer.inside
-    return covered
-
-
-def _known(obs) -> np.ndarray:
-    """Return which pixels (channel, y, x) of a matched observation the model is compared with."""
-    return obs.noise.valid & _covered(obs)
-
-
 def _light(obs) -> np.ndarray:
     """Return the data without background, NaN where there is no information."""
     return np.where(obs.noise.valid, obs.data - obs.background_image(), np.nan)
@@ -360,7 +348,7 @@ def _is_correlated(obs) -> bool:
 
 def _compare(obs, rendered) -> _Comparison:
     """Compare a matched observation with its rendering."""
-    known, unit = _known(obs), obs.noise.level()
+    known, unit = obs.compared, obs.noise.level()
     residual = np.where(known, obs.data - rendered, 0.0) / unit[:, None, None]
     noise = obs.on_frame().noise.scaled(unit)
     whitened = np.asarray(noise.whiten(residual), float)

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from scenefit.app.panels import NotebookFigure
 from scenefit.infer.sample import Posterior
-from scenefit.sky.frame import Channel
+from scenefit.sky.frame import Channel, band_of
 from scenefit.survey.profile import Profile, quantiles
 
 INK, COLORS = "#000000", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -193,8 +193,8 @@ def link_curves(posterior: Posterior, path: str, *, truth: Mapping[str, object] 
     base, _, field = path.rpartition(".morphology.")
     link = getattr(dict(posterior.result.scene.components())[base].morphology, field)
     # Epochs of one band are one point.
-    bands = {_band(channel): number for number, channel in reversed(list(enumerate(frame.channels)))}
-    bands = {band: bands[band] for band in dict.fromkeys(map(_band, frame.channels))}
+    bands = {band_of(channel): number for number, channel in reversed(list(enumerate(frame.channels)))}
+    bands = {band: bands[band] for band in dict.fromkeys(map(band_of, frame.channels))}
     if unknown := sorted(set(truth or {}) - set(bands)):
         raise ValueError(f"The model has bands {list(bands)}, not {unknown}.")
     wavelengths = getattr(link, "wavelengths", None)
@@ -344,11 +344,6 @@ def _label(posterior: Posterior, name: str) -> str:
         unit = unit.replace("flux", "nJy") if is_calibrated else ""
     unit = _UNITS.get(unit, unit)
     return " ".join(words[:-1]) + "\n" + words[-1] + (f"[{element}" if element else "") + (f" [{unit}]" if unit else "")
-
-
-def _band(channel: Channel) -> str:
-    """Return the band of a channel."""
-    return channel[0] if isinstance(channel, tuple) else channel
 
 
 def _channel_name(channel: Channel) -> str:

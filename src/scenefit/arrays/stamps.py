@@ -29,6 +29,12 @@ def bucket_size(size: int, smallest: int = 11) -> int:
     return bucket
 
 
+def rounded_up(number: int, digits: int) -> int:
+    """Return the smallest integer >= `number` whose binary digits after the first `digits` are zeros."""
+    step = 1 << max(0, (int(number) - 1).bit_length() - digits)
+    return -(-int(number) // step) * step
+
+
 def bucket_count(count: int) -> int:
     """Return the padded number of stamps for `count` of them: 1, 2, 3, 4, 6, 8, 11, ..."""
     bucket = 1

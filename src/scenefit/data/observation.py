@@ -333,11 +333,21 @@ class Observation(eqx.Module):
         """Return data minus `render(scene)`; 0 at pixels without information."""
         return np.where(self.noise.valid, self.data - self.render(scene), 0.0)
 
-    def on_frame(self) -> Observation:
-        """Return the observation without information outside the frame that it is matched to: as fits see it."""
+    @property
+    def covered(self) -> np.ndarray:
+        """Which pixels (y, x) lie on the frame that the observation is matched to."""
         inside = np.zeros(self.shape[1:], bool)
         inside[self.matched_renderer.window.slices] = self.matched_renderer.inside
-        return self.with_noise(self.noise.restricted(inside, (slice(None), slice(None))))
+        return inside
+
+    @property
+    def compared(self) -> np.ndarray:
+        """Which pixels (channel, y, x) a model on the frame is compared with: those on it that have information."""
+        return self.noise.valid & self.covered
+
+    def on_frame(self) -> Observation:
+        """Return the observation without information outside the frame that it is matched to: as fits see it."""
+        return self.with_noise(self.noise.restricted(self.covered, (slice(None), slice(None))))
 
     def chi_square(self, scene) -> np.ndarray:
         """Return the chi-square of each channel; pixels outside the frame count (see `on_frame`)."""

@@ -24,6 +24,7 @@ from jaxtyping import Array, Complex, Float
 from scenefit.arrays import fourier
 from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_complexes, as_floats
+from scenefit.arrays.stamps import rounded_up
 from scenefit.data.nuisances import LARGEST_ROTATION
 from scenefit.data.sampling import (
     POSITION_TOLERANCE,
@@ -332,7 +333,7 @@ def _window(inside, affine, frame) -> Box:
         # An interval of length L holds at most floor(L) + 1 integers; 1e-3: rounding of L must not matter.
         needed = max(int(length + 1e-3) + 1, num_used)
         # No larger than the canvas, from which it is cut where the grids agree.
-        rounded = min(_rounded_up(needed, WINDOW_DIGITS), int(limit + 1e-3))
+        rounded = min(rounded_up(needed, WINDOW_DIGITS), int(limit + 1e-3))
         size = min(max(needed, rounded), count)
         first = min(max(used[0] - (size - num_used) // 2, 0), count - size)
         bounds.append((int(first), int(first + size)))
@@ -389,7 +390,7 @@ def _modes(fft_shape, band_limit, affines):
     reach = np.minimum(0.5, band_limit * reach)
     needed = [int(np.ceil(r * n)) + 1 for r, n in zip(reach, fft_shape, strict=True)]
     rows, columns = (
-        min(_rounded_up(count, MODE_DIGITS), n // 2 + 1) for count, n in zip(needed, fft_shape, strict=True)
+        min(rounded_up(count, MODE_DIGITS), n // 2 + 1) for count, n in zip(needed, fft_shape, strict=True)
     )
     if 2 * rows - 1 >= fft_shape[0]:
         ky = np.fft.fftfreq(fft_shape[0])
@@ -397,9 +398,3 @@ def _modes(fft_shape, band_limit, affines):
         ky = np.concatenate([np.arange(rows), np.arange(1 - rows, 0)]) / fft_shape[0]
     kx = np.arange(columns) / fft_shape[1]
     return ky, kx, (len(ky), len(kx))
-
-
-def _rounded_up(number: int, digits: int) -> int:
-    """Return the smallest integer >= `number` whose binary digits after the first `digits` are zeros."""
-    step = 1 << max(0, (int(number) - 1).bit_length() - digits)
-    return -(-int(number) // step) * step

@@ -38,7 +38,7 @@ from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.model.spectrum import ArraySpectrum
-from scenefit.sky.frame import Channel, Frame
+from scenefit.sky.frame import Channel, Frame, band_of
 
 MAX_ROUNDS = 50
 """Reweighted solutions at most, for noise that isn't Gaussian."""
@@ -304,7 +304,7 @@ class FluxSolver:
     """
 
     def __init__(self, scene: Scene, observations: Sequence[Observation]):
-        bands = tuple(dict.fromkeys(_band(channel) for obs in observations for channel in obs.channels))
+        bands = tuple(dict.fromkeys(band_of(channel) for obs in observations for channel in obs.channels))
         is_linked = any(links(component.morphology) for _, component in scene.components())
         self.scene, self.bands = scene, bands if is_linked else bands[:1]
         self.groups = stamp_groups(list(unit_scene(scene, self.bands).stamps().values()))
@@ -341,17 +341,12 @@ class FluxSolver:
 
     def exposure(self, obs: Observation, windows: Sequence[Windows], where: Geometry) -> Exposure:
         """Return an observation as the solver sees it."""
-        plane = [self.bands.index(_band(c)) if len(self.bands) > 1 else 0 for c in obs.channels]
+        plane = [self.bands.index(band_of(c)) if len(self.bands) > 1 else 0 for c in obs.channels]
         return as_exposure(self.scene.frame, obs, self.groups, windows, where, plane)
 
     def equations(self, windows: Sequence[Windows], exposure: Exposure, free_background: bool) -> NormalEquations:
         """Return the normal equations of an observation, its unknowns in the order of `layout`."""
         return normal_equations([group.modes for group in self.groups], list(windows), exposure, free_background)
-
-
-def _band(channel: Channel) -> str:
-    """Return the band of a channel."""
-    return str(channel[0]) if isinstance(channel, tuple) else channel
 
 
 def unit_scene(scene: Scene, channels: Sequence[Channel]) -> Scene:

@@ -9,6 +9,7 @@ import numpy as np
 from astropy.coordinates import SkyCoord
 
 from scenefit.arrays.box import Box
+from scenefit.arrays.stamps import rounded_up
 from scenefit.data.observation import Observation
 from scenefit.sky.frame import Frame, pixel_map
 
@@ -19,12 +20,6 @@ MAX_MISPLACED = 0.05
 """Model pixels by which a pixel may be misplaced that is asked whether it is on the frame."""
 WINDOW_DIGITS = 2
 """Leading binary digits of the sides of images that are cut to what lies on the frame: few shapes to compile."""
-
-
-def padded_count(count: int, digits: int = 4) -> int:
-    """Return the smallest number >= `count` whose binary digits after the first few are zeros."""
-    step = 1 << max(0, (count - 1).bit_length() - digits)
-    return -(-count // step) * step
 
 
 class Geometry(eqx.Module):
@@ -121,7 +116,7 @@ def _part_inside(frame: Frame, obs: Observation, on_frame: np.ndarray) -> tuple[
     bounds = []
     for axis, count in enumerate(inside.shape):
         (used,) = np.nonzero(inside.any(axis=1 - axis))
-        size = min(padded_count(int(used[-1] - used[0] + 1), WINDOW_DIGITS), count)
+        size = min(rounded_up(int(used[-1] - used[0] + 1), WINDOW_DIGITS), count)
         first = int(min(used[0], count - size))
         bounds.append((first, first + size))
     window = Box.from_bounds(*bounds)

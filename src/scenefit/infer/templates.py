@@ -26,11 +26,11 @@ from jaxtyping import Array, Bool, Float, Int
 from scenefit.arrays import fourier
 from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_floats
-from scenefit.arrays.stamps import bucket_size
+from scenefit.arrays.stamps import bucket_size, rounded_up
 from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import MAX_GAIN
-from scenefit.infer.pointing import Geometry, padded_count
+from scenefit.infer.pointing import Geometry
 from scenefit.model.packing import merged_buckets
 from scenefit.sky.frame import Frame
 
@@ -42,6 +42,8 @@ SPARE = 0.5
 """Fraction of all pixels of stamps by which these may be padded to have fewer distinct sizes."""
 NEGLIGIBLE = 1e-7
 """Fraction of a component's light below which rows and columns at the edges of its stamp are left out."""
+COUNT_DIGITS = 4
+"""Leading binary digits of the number of stamps in a group: few shapes to compile."""
 TABLE = 1024
 """Places at which the window of interpolation is tabulated: lines between them miss it by 1e-7 of its peak."""
 
@@ -107,7 +109,7 @@ def _stamp_group(members, stamps, side, planes) -> Stamps:
     correction = fourier.window_transform((np.arange(side) - middle) / fine)
     padded[..., :side, :side] /= np.outer(correction, correction)
     modes = scipy.fft.fft2(np.roll(padded, (-middle, -middle), axis=(-2, -1))).reshape(planes, len(members), -1)
-    modes = np.pad(modes, ((0, 0), (0, padded_count(len(members)) - len(members)), (0, 0)))
+    modes = np.pad(modes, ((0, 0), (0, rounded_up(len(members), COUNT_DIGITS) - len(members)), (0, 0)))
     modes = np.concatenate([np.real(modes), np.imag(modes)], axis=1).swapaxes(1, 2)
     return Stamps(np.array(members), np.array(places, float), side, fine, as_floats(modes))
 

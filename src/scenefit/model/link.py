@@ -11,7 +11,7 @@ import scipy.interpolate
 from jaxtyping import Array
 
 from scenefit.sky import units
-from scenefit.sky.frame import Channel
+from scenefit.sky.frame import Channel, band_of
 
 
 class AbstractLink(eqx.Module):
@@ -246,7 +246,7 @@ def _check_wavelengths(wavelengths, count, name) -> dict[str, float]:
 
 def _band(channel: Channel, known, name) -> str:
     """Return the band of a channel."""
-    band = str(channel[0] if isinstance(channel, tuple) else channel)
+    band = band_of(channel)
     if band not in known:
         raise ValueError(f"{name} knows the bands {list(known)}; the model also has {channel!r}. Add its wavelength.")
     return band

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scenefit.sky import units
-from scenefit.sky.frame import Channel, check_channels
+from scenefit.sky.frame import Channel, band_of, check_channels
 
 
 class AbstractSpectrum(eqx.Module):
@@ -82,10 +82,10 @@ class StaticSpectrum(AbstractSpectrum):
             )
 
     def layout(self, channels):  # noqa: D102
-        unknown = [c for c in channels if _band(c) not in self.bands]
+        unknown = [c for c in channels if band_of(c) not in self.bands]
         if unknown:
             raise ValueError(f"StaticSpectrum has bands {list(self.bands)}, which don't include channel(s) {unknown}.")
-        return np.array([self.bands.index(_band(c)) for c in channels])
+        return np.array([self.bands.index(band_of(c)) for c in channels])
 
 
 class TransientSpectrum(AbstractSpectrum):
@@ -119,11 +119,6 @@ class TransientSpectrum(AbstractSpectrum):
             raise ValueError(f"TransientSpectrum has epochs {unknown}, which no channel has.")
         shines = np.array([self.epochs is None or c[1] in self.epochs for c in channels])
         return np.where(shines, np.arange(len(channels)), -1)
-
-
-def _band(channel: Channel) -> str:
-    """Return the band of a channel name."""
-    return channel[0] if isinstance(channel, tuple) else channel
 
 
 def _check_flux(flux):

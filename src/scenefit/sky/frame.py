@@ -32,6 +32,11 @@ EDGE_TOLERANCE = 1e-3
 Channel = str | tuple
 
 
+def band_of(channel: Channel) -> str:
+    """Return the band of a channel: its name, or the first of (band, epoch)."""
+    return str(channel[0]) if isinstance(channel, tuple) else channel
+
+
 class Frame(eqx.Module):
     """A pixel grid on the sky with named channels.
 

@@ -40,6 +40,8 @@ BOUND_MARGIN, SMALLEST_RADIUS = 0.01, 1e-3
 this distance."""
 FRACTIONS = (0.2, 0.5, 0.8, 0.9)
 """Of the light, whose radii are measured."""
+SHAPE_NAMES = ("y", "x", "ra", "dec", "half_light_radius", "axis_ratio", "position_angle")
+"""Columns of positions and shapes that have errors, in the order of the slopes of `sky_shapes`."""
 UNKNOWN_ANGLE = float(180 / np.sqrt(12))
 """Standard deviation, in degrees, of a position angle of which nothing is known; no error is larger."""
 
@@ -137,18 +139,15 @@ def catalog_covariance(result: FitResult, *, progress: bool = True) -> CatalogCo
     product = (inside @ covariance[finite][:, finite] @ inside.T).toarray()
     # Columns are their own multiples of what has slopes.
     scale = np.sqrt(np.diag(product))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = product / np.where(scale > 0, scale, np.inf)[:, None] / np.where(scale > 0, scale, np.inf)
+    scale = np.where(scale > 0, scale, np.inf)
+    correlation = product / scale[:, None] / scale
     known = np.isfinite(sigma)
-    matrix = np.where(known[:, None] & known, correlation * np.outer(*[np.where(known, sigma, 0.0)] * 2), 0.0)
+    finite_sigma = np.where(known, sigma, 0.0)
+    matrix = np.where(known[:, None] & known, correlation * finite_sigma[:, None] * finite_sigma, 0.0)
     lost = np.isnan(sigma)
     matrix[lost], matrix[:, lost] = np.nan, np.nan
     matrix[np.diag_indices_from(matrix)] = sigma**2
     return CatalogCovariance(tuple(names), matrix)
-
-
-SHAPE_NAMES = ("y", "x", "ra", "dec", "half_light_radius", "axis_ratio", "position_angle")
-"""Columns of positions and shapes that have errors, in the order of the slopes of `sky_shapes`."""
 
 
 class _Measured(NamedTuple):

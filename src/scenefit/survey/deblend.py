@@ -158,15 +158,8 @@ def deblend(
     matched = {obs.name: obs.match(scene.frame) if obs.renderer is None else obs for obs in observations}
     images, model = unit_images(scene, names, scene.stamps()), scene.evaluate()
     cutouts = {name: source_cutouts(scene, obs, images, progress) for name, obs in matched.items()}
-    residuals = {
-        name: np.where(known_pixels(obs), obs.data - obs.render(model), np.nan) for name, obs in matched.items()
-    }
+    residuals = {name: np.where(obs.compared, obs.data - obs.render(model), np.nan) for name, obs in matched.items()}
     return Deblended(matched, cutouts, residuals)
-
-
-def known_pixels(obs: Observation) -> np.ndarray:
-    """Return which pixels of a matched observation have information and lie on the frame, shape (channel, y, x)."""
-    return np.asarray(obs.on_frame().noise.valid)
 
 
 class UnitImage(eqx.Module):

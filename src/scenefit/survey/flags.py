@@ -1,4 +1,4 @@
-"""The flags of a catalogue, in one place: the code raises them, the table and the guide list them."""
+"""The flags of catalogues and of forced photometry, in one place: the code raises them, the table and the guide list them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ SIGNIFICANT = 3.0
 LARGEST_CORRELATION, LARGEST_BLENDEDNESS = 0.95, 0.9
 """Correlation of the flux with that of another source, and blendedness, beyond which `Flag.BLENDED` is raised.
 
-At the first the error is three times what it would be if the other flux were known. Pairs of Gaussians of one size, fitted with
-free shapes and places, have pulls of unit width up to there; of 1.2 at 0.99, and of 1.5 to 5 beyond 0.998, where their distance
-is no longer known. At the second, an error of 1 % in the profiles of neighbours becomes one of 9 % in the flux.
+At the first the error is three times what it would be if the other flux were known. At the second, an error of 1 % in the
+profiles of neighbours becomes one of 9 % in the flux.
 """
 
 
@@ -49,3 +48,16 @@ def flag_table() -> str:
     """Return the flags as a table in Markdown, as it stands in the guide."""
     rows = [f"| `{flag.name}` | {flag.value} | {flag.__doc__} |" for flag in Flag]
     return "\n".join(["| flag | bit | meaning |", "|---|---|---|", *rows])
+
+
+class PhotometryFlag(enum.IntFlag):
+    """What a user of a row of forced photometry should know; bits of the column `flags`."""
+
+    PARTIAL = 1
+    """Less than nine tenths of the source's flux fall on pixels with information."""
+    NO_DATA = 2
+    """No pixel has information about the source: its flux is NaN, its error infinite."""
+    CONFUSED = 4
+    """The data don't tell the source from another one at the same place: its error is infinite. Only the sum is known."""
+    NOT_CONVERGED = 8
+    """Noise that isn't Gaussian: the weights of the pixels were still changing."""

@@ -11,7 +11,7 @@ from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_floats
 from scenefit.data.observation import Observation
 from scenefit.model.scene import Scene
-from scenefit.survey.deblend import Cutout, known_pixels, source_cutouts, unit_images
+from scenefit.survey.deblend import Cutout, source_cutouts, unit_images
 
 FOOTPRINT_LIGHT = 0.8
 """Fraction of a source's light that its footprint holds."""
@@ -76,7 +76,7 @@ def measure_footprints(
         background = obs.background_image()
         rendered = obs.render(model)
         squares, modes = _squares(obs, rendered)
-        known, light = known_pixels(obs), rendered - background
+        known, light = obs.compared, rendered - background
         weight = 1 / obs.noise.level() ** 2
         for n, name in enumerate(names):
             window = (slice(None), *cutouts[name].box.slices)

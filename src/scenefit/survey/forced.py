@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,9 @@ from scenefit.data.observation import Observation
 from scenefit.infer.fluxes import FluxSolution, FluxSolver, NormalEquations, solution, wide_equations
 from scenefit.model.scene import Scene
 from scenefit.sky import units
-from scenefit.sky.frame import Channel
+from scenefit.sky.frame import Channel, band_of
 from scenefit.survey.catalog import channel_label
+from scenefit.survey.flags import PhotometryFlag
 
 PARTIAL_LIGHT = 0.9
 """Fraction of a source's flux on pixels with information below which that is flagged."""
@@ -29,19 +29,6 @@ BATCH_PIXELS = 10**7
 """Pixels of observations that are prepared before the first of them is solved for."""
 NUM_NAMED = 8
 """Sources named in a warning at most."""
-
-
-class PhotometryFlag(enum.IntFlag):
-    """What a user of a row of forced photometry should know; bits of the column `flags`."""
-
-    PARTIAL = 1
-    """Less than nine tenths of the source's flux fall on pixels with information."""
-    NO_DATA = 2
-    """No pixel has information about the source: its flux is NaN, its error infinite."""
-    CONFUSED = 4
-    """The data don't tell the source from another one at the same place: its error is infinite. Only the sum is known."""
-    NOT_CONVERGED = 8
-    """Noise that isn't Gaussian: the weights of the pixels were still changing."""
 
 
 class ForcedPhotometry(eqx.Module):
@@ -118,7 +105,7 @@ class ForcedPhotometry(eqx.Module):
         rows = self.table[np.asarray(self.table["id"]) == name]
         if band is None:
             return rows
-        bands = [_band(channel) for _, channels in self.channels for channel in channels]
+        bands = [band_of(channel) for _, channels in self.channels for channel in channels]
         if band not in bands:
             raise KeyError(f"No channel has the band {band!r}; there are {sorted(set(bands))}.")
         return rows[np.array(bands) == band]
@@ -323,11 +310,6 @@ def _warn_of_confusion(confused: Counter, count: int):
         f"sum is known.{more} Remove all but one, or make them one CompositeSource.",
         stacklevel=3,
     )
-
-
-def _band(channel: Channel) -> str:
-    """Return the band of a channel."""
-    return str(channel[0]) if isinstance(channel, tuple) else channel
 
 
 def _epochs(rows: Sequence[_Row]) -> np.ndarray | None:
