@@ -70,7 +70,7 @@ def simulate(seed: int, depth: float) -> tuple[sf.Observation, np.ndarray]:
 
 def start(kind: str, frame: sf.Frame, observation: sf.Observation) -> sf.Scene:
     """Return the scene to fit."""
-    scene = sf.initialize(frame, observation, CENTERS, progress=False)
+    scene = sf.initialize(frame, observation, CENTERS, model="pixel", progress=False)
     sources = {}
     for name, source in scene.sources.items():
         image, anchor = source.morphology.image, source.morphology.anchor

@@ -201,7 +201,7 @@ def fit_blend(seed: int, options: argparse.Namespace, compilations: Compilations
     compilations.stage = "start"
     frame = sf.Frame.from_observations(observations, options.coverage)
     positions = observations[0].wcs.pixel_to_world(centers[:, 1], centers[:, 0])
-    scene = sf.initialize(frame, observations, positions, half_size=HALF_SIZE)
+    scene = sf.initialize(frame, observations, positions, model="pixel", half_size=HALF_SIZE)
     parameters = sf.Parameters.default(scene, observations).free("observations.coarse.astrometry.shift")
     if options.priors:
         parameters = with_priors(parameters, scene)

@@ -82,7 +82,7 @@ def measure(
 ) -> dict:
     """Fit a field with the offset of its last observation free; return its error and standard error in mas."""
     frame = sf.Frame.from_observations(observations)
-    scene = sf.initialize(frame, observations, positions)
+    scene = sf.initialize(frame, observations, positions, model="pixel")
     name = observations[-1].name
     parameters = sf.Parameters.default(scene, observations).free(f"observations.{name}.astrometry.shift")
     result = sf.fit(scene, observations, with_prior_width(parameters, scene, width), progress=False)

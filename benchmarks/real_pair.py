@@ -89,7 +89,7 @@ def main():
     catalog, _ = sf.read_catalog(options.field)
     start = time.perf_counter()
     frame = sf.Frame.from_observations(observations)
-    scene = sf.initialize(frame, observations, catalog)
+    scene = sf.initialize(frame, observations, catalog, model="pixel")
     initialized = time.perf_counter() - start
     parameters = sf.Parameters.default(scene, observations).free(
         f"observations.{observations[-1].name}.astrometry.shift"

@@ -86,7 +86,7 @@ def measure(num_sources: int, converge: bool) -> dict:
     observation = sf.Observation(field["data"], sigma=NOISE, psf=field["psf"], channels=CHANNELS, name="survey")
     frame = sf.Frame.from_observations([observation])
     start = time.perf_counter()
-    scene = sf.initialize(frame, [observation], field["centers"], half_size=HALF_STAMP)
+    scene = sf.initialize(frame, [observation], field["centers"], model="pixel", half_size=HALF_STAMP)
     initialized = time.perf_counter() - start
     steps: list[tuple[int, float]] = []
     result = sf.fit(

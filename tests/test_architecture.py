@@ -13,7 +13,18 @@ ROOT = Path(scenefit.__file__).parent
 
 # Folders from left to right, and the modules of each in the order in which they may import one another.
 ORDER = {
-    "arrays": ["box", "compilation", "progress", "linear", "vecchia", "fourier", "stamps", "starlet", "profiles"],
+    "arrays": [
+        "box",
+        "compilation",
+        "progress",
+        "peaks",
+        "linear",
+        "vecchia",
+        "fourier",
+        "stamps",
+        "starlet",
+        "profiles",
+    ],
     "sky": ["units", "psf", "resampledpsf", "mixture", "frame"],
     "data": [
         "weights",
@@ -29,9 +40,10 @@ ORDER = {
         "observation",
         "resampled",
     ],
-    "model": ["parameters", "link", "spectrum", "morphology", "starlet", "source", "packing", "scene"],
+    "model": ["parameters", "link", "spectrum", "morphology", "clumpy", "starlet", "source", "packing", "scene"],
     "infer": [
         "problem",
+        "matched",
         "posterior",
         "inverse",
         "quadratic",
@@ -74,6 +86,16 @@ ORDER = {
         "stars",
         "catalog",
         "forced",
+        "envelopes",
+        "clumps",
+        "families",
+        "significance",
+        "subtraction",
+        "candidates",
+        "detections",
+        "listed",
+        "outliers",
+        "detect",
         "initialize",
         "validate",
         "inject",

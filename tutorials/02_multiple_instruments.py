@@ -58,7 +58,7 @@ def main(name: str):
 
     # Shapes start from the image with the sharpest PSF: smooth envelopes. Fluxes are those with which all envelopes together
     # fit each band best. The residuals in the figure show what is left to the fit: all that isn't smooth.
-    scene = sf.initialize(frame, observations, positions)
+    scene = sf.initialize(frame, observations, positions, model="pixel")
     sf.plot.scene(scene, observations).savefig("02_start.png", dpi=150)
 
     # Fluxes and pixels are free, and non-negative, by default. So is here the sky level of HSC in every band. There are
@@ -208,7 +208,7 @@ def report_fluxes(result: sf.FitResult, truth: Table | None):
 
 def compare_with_intersection(frame: sf.Frame, observations, positions: SkyCoord, union: sf.FitResult):
     """Fit on the smaller frame, and make sure that the offset doesn't depend on that choice."""
-    scene = sf.initialize(frame, observations, positions)
+    scene = sf.initialize(frame, observations, positions, model="pixel")
     parameters = sf.Parameters.default(scene, observations).free(BACKGROUND).free(SHIFT)
     result = sf.fit(scene, observations, parameters, progress=False)
     assert result.is_converged

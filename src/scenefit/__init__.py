@@ -16,6 +16,7 @@ from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.infer.rings import ring_prior
 from scenefit.infer.sample import Posterior, sample
 from scenefit.model import link
+from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.morphology import (
     DeVaucouleursMorphology,
     ExponentialMorphology,
@@ -37,6 +38,8 @@ from scenefit.survey import priors
 from scenefit.survey.average import average_profiles, evidence_weights
 from scenefit.survey.catalog import CatalogCovariance, catalog, catalog_covariance, nuisance_errors, offset_errors
 from scenefit.survey.deblend import Deblended, deblend
+from scenefit.survey.detect import detect
+from scenefit.survey.detections import Detections
 from scenefit.survey.forced import ForcedPhotometry, forced_photometry
 from scenefit.survey.initialize import initialize
 from scenefit.survey.profile import Profile, profile
@@ -46,11 +49,13 @@ __all__ = [
     "Astrometry",
     "Calibration",
     "CatalogCovariance",
+    "ClumpyMorphology",
     "CompositeSource",
     "CorrelatedNoise",
     "CorrelatedObservation",
     "DeVaucouleursMorphology",
     "Deblended",
+    "Detections",
     "ExponentialMorphology",
     "FitResult",
     "FloorNoise",
@@ -84,6 +89,7 @@ __all__ = [
     "catalog_covariance",
     "datasets",
     "deblend",
+    "detect",
     "evidence_weights",
     "fit",
     "fit_many",

@@ -142,8 +142,8 @@ def field(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def free_pixels(field, tmp_path_factory):
-    """A run with default settings, free-pixel images that is, and a free HSC offset."""
-    return fit(tmp_path_factory.mktemp("pixels"), field, "--free-shift", "HSC")
+    """A run with free-pixel images and a free HSC offset."""
+    return fit(tmp_path_factory.mktemp("pixels"), field, "--model", "pixel", "--free-shift", "HSC")
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--model", "sersics"], "model is one of pixel, gaussian, point; got 'sersics'"),
+            (["--model", "sersics"], "model is one of auto, pixel, gaussian, point; got 'sersics'"),
             (["--coverage", "all"], "coverage is one of union, intersection; got 'all'"),
             (["--rtol", "-1"], "rtol must be positive"),
             (["--max-steps", "0"], "max_steps at least 1"),

@@ -57,9 +57,10 @@ def field(tmp_path):
 class TestSettings:
     def test_defaults_are_a_plain_fit(self, field):
         settings = Settings(field)
-        assert (settings.model, settings.coverage) == ("pixel", "union")
+        assert (settings.model, settings.coverage) == ("auto", "union")
         assert (settings.catalog, settings.free_shift, settings.free_background) == (None, (), ())
         assert (settings.free_rotation, settings.correlated) == ((), ())
+        assert settings.noise == "measured"
         assert dict(settings.zeropoints) == {}
         assert settings.rtol > 0
         assert settings.max_steps >= 1
@@ -73,7 +74,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"model": "sersics"}, r"model is one of pixel, gaussian, point; got 'sersics'"),
+            ({"model": "sersics"}, r"model is one of auto, pixel, gaussian, point; got 'sersics'"),
             ({"coverage": "all"}, r"coverage is one of union, intersection; got 'all'"),
             ({"rtol": 0.0}, r"rtol must be positive .*; got 0\.0 and 100"),
             ({"rtol": -1.0}, r"rtol must be positive"),

@@ -84,7 +84,7 @@ def test_free_images_converge():
     data = blank.match(frame).render(scene(frame)) + np.asarray(noise.sample(jax.random.key(7)), float)
     obs = observation(data, noise)
     middle = (np.array(frame.shape[1:]) - 1) / 2
-    start = sf.initialize(frame, obs, np.stack([middle - 3.3, middle + 2.6]), progress=False)
+    start = sf.initialize(frame, obs, np.stack([middle - 3.3, middle + 2.6]), model="pixel", progress=False)
     result = sf.fit(start, obs, progress=False)
     assert result.is_converged
     # The residual is noise: chi-square within 6 standard deviations of the modes, less some for what is fitted.

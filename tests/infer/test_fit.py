@@ -181,7 +181,9 @@ def test_short_rounds_do_not_pass_for_convergence(monkeypatch, most):
     """Steps that the bounds cut short, or lead upwards, say nothing about how far the minimum is."""
     observations = observe(seed=7)
     frame = frame_of(observations)
-    scene = initialize(frame, observations, np.array([on_frame(frame, galaxy) for galaxy in GALAXIES.values()]))
+    scene = initialize(
+        frame, observations, np.array([on_frame(frame, galaxy) for galaxy in GALAXIES.values()]), model="pixel"
+    )
     best = fit(scene, observations, progress=False, rtol=0.005)
     monkeypatch.setattr("scenefit.infer.fit.MAX_ITERATIONS", most)
     result = fit(scene, observations, progress=False)

@@ -85,7 +85,9 @@ def test_conjugate_steps_solve_a_linear_system(rng):
 def test_wrong_fluxes_at_the_start_cost_little(factor):
     observations = observe(seed=7)
     frame = frame_of(observations)
-    scene = initialize(frame, observations, np.array([on_frame(frame, galaxy) for galaxy in GALAXIES.values()]))
+    scene = initialize(
+        frame, observations, np.array([on_frame(frame, galaxy) for galaxy in GALAXIES.values()]), model="pixel"
+    )
     sources = {n: Source(s.center, factor * s.spectrum.flux, s.morphology) for n, s in scene.sources.items()}
     near = fit(scene, observations, progress=False)
     far = fit(Scene(frame, sources), observations, progress=False)

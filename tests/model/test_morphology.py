@@ -6,6 +6,7 @@ import pytest
 import scipy.integrate
 import scipy.special
 
+from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.morphology import (
     CORE_FLUX_TOLERANCE,
     HALF_LIGHT_PER_SIGMA,
@@ -49,6 +50,7 @@ PROFILES = {
     "rings": MultiGaussianMorphology([0.3, 1.0, 2.5], [0.2, 0.5, 0.3], (0.3, 0.2)),
 }
 EXAMPLES = PROFILES | {
+    "clumps": ClumpyMorphology(2.0, 1.2, (0.3, -0.2), [[1.5, -2.2], [-3.1, 0.4]], [0.2, 0.1]),
     "pixels": PixelMorphology(np.arange(12.0).reshape(3, 4)),
     "starlets": StarletMorphology(np.arange(24.0).reshape(2, 3, 4)),
 }
@@ -81,7 +83,7 @@ def shape_of(morphology):
 
 
 def sersic_index(morphology):
-    if isinstance(morphology, SersicMorphology):
+    if isinstance(morphology, SersicMorphology | ClumpyMorphology):
         return float(morphology.sersic_index)
     return {GaussianMorphology: 0.5, ExponentialMorphology: 1.0, DeVaucouleursMorphology: 4.0}[type(morphology)]
 

@@ -1,9 +1,12 @@
 import astropy.units as u
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from astropy.coordinates import SkyCoord
 
-from scenefit.model.morphology import PointMorphology
+from scenefit.model.morphology import PointMorphology, SersicMorphology
+from scenefit.model.parameters import Parameters
+from scenefit.model.scene import Scene
 from scenefit.model.source import AbstractSource, CompositeSource, Source
 from scenefit.model.spectrum import ArraySpectrum
 from scenefit.sky.frame import Frame
@@ -79,3 +82,50 @@ def test_parts_have_names_that_paths_can_hold(name):
 def test_parts_are_named_sources(parts, got):
     with pytest.raises(TypeError, match=f"a mapping of names to Source or CompositeSource; got {got}"):
         CompositeSource(parts)
+
+
+def disk(**options):
+    return Source((8.0, 9.0), [1.0, 2.0], SersicMorphology(2.0, 1.0), **options)
+
+
+def test_priors_of_a_source_are_those_of_its_parameters():
+    frame = Frame((20, 30), channels="gr", wcs=tangent_wcs((20, 30), 0.1))
+    index, radius = dist.TruncatedNormal(1.1, 0.3, low=0.4, high=8.0), dist.Normal(0.3 * u.arcsec, 0.1 * u.arcsec)
+    priors = {"morphology.sersic_index": index, "morphology.half_light_radius": radius}
+    parameters = Parameters.default(Scene(frame, {"a": disk(priors=priors), "b": disk()}), [])
+    own = parameters["sources.a.morphology.sersic_index"].prior
+    assert own.log_prob(1.3) == index.log_prob(1.3)
+    in_pixels = parameters["sources.a.morphology.half_light_radius"].prior
+    # 1e-4: of the scale of the tangent plane.
+    assert (in_pixels.loc, in_pixels.scale) == pytest.approx((3.0, 1.0), rel=1e-4)
+    assert parameters["sources.a.center"].prior is None
+    assert parameters["sources.b.morphology.sersic_index"].prior is None
+
+
+def test_priors_stay_with_a_changed_copy():
+    frame = Frame((20, 30), channels="gr", wcs=tangent_wcs((20, 30)))
+    priors = {"center": dist.Normal(8.0, 1.0)}
+    source = Source(frame.to_sky((8.0, 9.0)), [1.0, 2.0], PointMorphology(), priors)
+    assert source.placed(frame).priors == priors
+    moved = source.replace(center=(1.0, 2.0))
+    assert moved.priors == priors
+    np.testing.assert_array_equal(moved.center, [1.0, 2.0])
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_prior_of_what_is_no_parameter():
+    with pytest.raises(ValueError, match=r"Priors of a source are of center, spectrum.flux, .*; got 'sersic_index'"):
+        disk(priors={"sersic_index": dist.Normal(0.0, 1.0)})
+    with pytest.raises(TypeError, match=r"The prior of center is a distribution .*; got 3"):
+        disk(priors={"center": 3})
+
+
+def test_parts_about_one_center_share_it():
+    frame = Frame((20, 30), channels="gr")
+    inner = CompositeSource({"bulge": disk(), "nucleus": star(8, 9)})
+    scene = Scene(frame, {"a": CompositeSource({"disk": disk(), "inner": inner}, concentric=True), "b": inner})
+    table = Parameters.default(scene, []).table
+    tied = {path: parameter.tied_to for path, parameter in table.items() if parameter.tied_to}
+    first = "sources.a.parts.disk.center"
+    assert tied == {f"sources.a.parts.inner.parts.{name}.center": first for name in ("bulge", "nucleus")}
+    assert scene.sources["a"].with_parts(scene.sources["a"].parts).concentric

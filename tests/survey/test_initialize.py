@@ -12,7 +12,8 @@ from scenefit.model.packing import component_box
 from scenefit.sky.frame import Frame
 from scenefit.sky.psf import GaussianPSF
 from scenefit.survey.catalog import catalog as make_catalog
-from scenefit.survey.initialize import detection_image, fit_rings, initialize
+from scenefit.survey.envelopes import detection_image, fit_rings
+from scenefit.survey.initialize import initialize
 from tests.blends import FINE_SCALE, GALAXIES, frame_of, gaussian_density, observe, on_frame
 from tests.helpers import make_observation
 
@@ -133,7 +134,7 @@ def test_sources_start_at_their_positions(frame, observations, positions, model,
 
 
 def test_images_start_from_smooth_envelopes(frame, observations, positions):
-    scene = initialize(frame, observations, positions)
+    scene = initialize(frame, observations, positions, model="pixel")
     for source in scene.sources.values():
         image, anchor = source.morphology.image, source.morphology.anchor
         np.testing.assert_array_equal(image, source.morphology.envelope)
@@ -144,7 +145,7 @@ def test_images_start_from_smooth_envelopes(frame, observations, positions):
 
 def test_stamps_lie_within_the_frame(frame, observations):
     edges = np.array([[0.0, 0.0], [-0.4, 20.0], [39.4, 39.4], [20.0, 0.6], [17.0, 22.0]])
-    scene = initialize(frame, observations, edges)
+    scene = initialize(frame, observations, edges, model="pixel")
     assert len(scene.sources) == 5
     for _, component in scene.components():
         box = component_box(component, frame)
@@ -158,7 +159,7 @@ def test_stamps_lie_within_the_frame(frame, observations):
 
 @pytest.mark.parametrize("half_size", [6, 0.55 * u.arcsec])
 def test_stamp_sizes_on_request(frame, observations, half_size):
-    scene = initialize(frame, observations, np.array([[20.0, 20.0], [2.0, 3.0]]), half_size=half_size)
+    scene = initialize(frame, observations, np.array([[20.0, 20.0], [2.0, 3.0]]), half_size=half_size, model="pixel")
     shapes = [source.morphology.image.shape for source in scene.sources.values()]
     assert shapes == [(13, 13), (9, 10)]
 
@@ -170,13 +171,15 @@ def test_bright_sources_get_larger_stamps(frame):
         data = flux * gaussian_density(y - 20, x - 20, moments_of(3.0, (0.0, 0.0)))
         obs = make_observation((40, 40), data=data[None], scale_arcsec=FINE_SCALE, channels=("v",))
         one = frame_of([obs])
-        stamps.append(initialize(one, obs, np.array([[20.0, 20.0]])).sources["0"].morphology.image.shape[0])
+        stamps.append(
+            initialize(one, obs, np.array([[20.0, 20.0]]), model="pixel").sources["0"].morphology.image.shape[0]
+        )
     assert 17 <= stamps[0] < stamps[1] <= 41
 
 
 def test_positions_on_the_sky(frame, observations, positions):
     sky = frame.to_sky(positions)
-    by_sky, by_pixel = (initialize(frame, observations, where) for where in (sky.galactic, positions))
+    by_sky, by_pixel = (initialize(frame, observations, where, model="pixel") for where in (sky.galactic, positions))
     for a, b in zip(by_sky.sources.values(), by_pixel.sources.values(), strict=True):
         # 1e-5 pixels: coordinates in degrees, turned twice in float64.
         np.testing.assert_allclose(a.center, b.center, atol=1e-5)
@@ -185,14 +188,14 @@ def test_positions_on_the_sky(frame, observations, positions):
 
 def test_one_position_and_one_observation(observations, positions):
     fine = observations[0]
-    scene = initialize(frame_of([fine]), fine, positions[0])
+    scene = initialize(frame_of([fine]), fine, positions[0], model="pixel")
     assert list(scene.sources) == ["0"]
 
 
 def test_sources_outside_are_left_out_with_a_warning(frame, observations, positions):
     everywhere = np.concatenate([[[-30.0, 5.0]], positions, [[5.0, 41.0]]])
     with pytest.warns(UserWarning, match=r"2 catalogue source\(s\) outside the model frame left out: rows \[0, 4\]"):
-        scene = initialize(frame, observations, everywhere)
+        scene = initialize(frame, observations, everywhere, model="pixel")
     # Named by their place in the catalogue.
     assert list(scene.sources) == ["1", "2", "3"]
 
@@ -200,7 +203,7 @@ def test_sources_outside_are_left_out_with_a_warning(frame, observations, positi
 def test_all_inside_warns_not(frame, observations, positions):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(initialize(frame, observations, positions).sources) == 3
+        assert len(initialize(frame, observations, positions, model="pixel").sources) == 3
 
 
 @pytest.mark.parametrize(
@@ -220,11 +223,11 @@ def test_all_inside_warns_not(frame, observations, positions):
 )
 def test_catalogues_without_use(frame, observations, catalog, message):
     with pytest.raises(ValueError, match=message):
-        initialize(frame, observations, catalog)
+        initialize(frame, observations, catalog, model="pixel")
 
 
 def test_an_unknown_model(frame, observations, positions):
-    with pytest.raises(ValueError, match="model is 'pixel', 'gaussian' or 'point'; got 'sersic'"):
+    with pytest.raises(ValueError, match="model is one of 'auto', 'pixel', 'gaussian', 'point'; got 'sersic'"):
         initialize(frame, observations, positions, model="sersic")
 
 
@@ -263,7 +266,10 @@ def test_the_unit_of_an_instrument_does_not_matter(frame, observations, position
         channels=("v",),
         name="fine",
     )
-    plain, scaled = initialize(frame, observations, positions), initialize(frame, [other, coarse], positions)
+    plain, scaled = (
+        initialize(frame, observations, positions, model="pixel"),
+        initialize(frame, [other, coarse], positions, model="pixel"),
+    )
     for a, b in zip(plain.sources.values(), scaled.sources.values(), strict=True):
         # 1e-6: linear in the data, float64.
         np.testing.assert_allclose(b.spectrum.flux / [scale, 1, 1], a.spectrum.flux, rtol=1e-6)
@@ -287,16 +293,16 @@ def test_a_source_in_a_hole_of_the_sharp_image_has_a_start(frame, observations):
     holed = Observation(
         fine.data, weights=fine.noise.weights, psf=fine.psf, wcs=fine.wcs, channels=("v",), name="fine", mask=hole
     )
-    assert_sound(initialize(frame, [holed, coarse], np.array([[16.0, 5.0], [20.0, 30.0]])))
+    assert_sound(initialize(frame, [holed, coarse], np.array([[16.0, 5.0], [20.0, 30.0]]), model="pixel"))
 
 
 def test_a_source_twice_in_the_catalogue_has_a_start(frame, observations):
-    assert_sound(initialize(frame, observations, np.array([[16.0, 5.0], [20.0, 30.0], [20.0, 30.0]])))
+    assert_sound(initialize(frame, observations, np.array([[16.0, 5.0], [20.0, 30.0], [20.0, 30.0]]), model="pixel"))
 
 
 def test_a_fit_from_the_start_recovers_the_blend(frame, observations, positions):
     """Free pixels, end to end."""
-    scene = initialize(frame, observations, positions)
+    scene = initialize(frame, observations, positions, model="pixel")
     result = fit(scene, observations, progress=False, max_steps=200)
     assert result.is_converged
     table = make_catalog(result)

@@ -50,7 +50,7 @@ def fit(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Multi-instrument FITS file, or TOML settings.")],
     out: Out,
     catalog: Annotated[Path | None, typer.Option(help="Table with RA and DEC, instead of the HDU CATALOG.")] = None,
-    model: Annotated[str | None, typer.Option(help="What sources are made of: pixel, gaussian or point.")] = None,
+    model: Annotated[str | None, typer.Option(help="What sources are made of: auto, pixel, gaussian or point.")] = None,
     free_shift: Annotated[
         list[str] | None, typer.Option(help="Observation whose offset is fitted; repeatable.")
     ] = None,
@@ -62,6 +62,10 @@ def fit(
     ] = None,
     correlated: Annotated[
         list[str] | None, typer.Option(help="Observation whose noise is correlated, and measured; repeatable.")
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(help="That of all others: measured, or as the weights have it.", metavar="measured|weights"),
     ] = None,
     coverage: Annotated[str | None, typer.Option(help="Model frame: union or intersection.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Tolerance of the fit, in standard deviations.")] = None,
@@ -78,6 +82,7 @@ def fit(
         free_rotation=tuple(free_rotation) if free_rotation else None,
         free_background=tuple(free_background) if free_background else None,
         correlated=tuple(correlated) if correlated else None,
+        noise=noise,
         coverage=coverage,
         rtol=rtol,
         max_steps=max_steps,

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scenefit.survey.initialize import MODELS
+
 COVERAGES = ("union", "intersection")
-MODELS = ("pixel", "gaussian", "point")
+NOISES = ("measured", "weights")
 NAMES = ("free_shift", "free_rotation", "free_background", "correlated")
 """Settings that are names of observations."""
 
@@ -26,7 +28,7 @@ class Settings:
     input : Path
         Multi-instrument FITS file.
     catalog : Path or None
-        Table of positions instead of the file's HDU CATALOG.
+        Table of positions instead of the file's HDU CATALOG; where there is neither, sources are detected.
     model : str
         What sources are made of, see `scenefit.initialize`.
     free_shift : tuple of str
@@ -36,7 +38,10 @@ class Settings:
     free_background : tuple of str
         Observations whose background is fitted.
     correlated : tuple of str
-        Observations whose noise is correlated: it is measured where there are no sources.
+        Observations whose noise is correlated: it is measured where there are no sources, or the run ends.
+    noise : "measured" or "weights"
+        That of all other observations: measured as well, and taken as correlated where it is and can be measured; or that of
+        independent pixels, as the weights have it.
     coverage : str
         Of the model frame: "union" or "intersection".
     zeropoints : dict of str to float
@@ -47,11 +52,12 @@ class Settings:
 
     input: Path
     catalog: Path | None = None
-    model: str = "pixel"
+    model: str = "auto"
     free_shift: tuple[str, ...] = ()
     free_rotation: tuple[str, ...] = ()
     free_background: tuple[str, ...] = ()
     correlated: tuple[str, ...] = ()
+    noise: str = "measured"
     coverage: str = "union"
     zeropoints: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rtol: float = 0.02
@@ -60,6 +66,8 @@ class Settings:
     def __post_init__(self):
         if self.model not in MODELS:
             raise ValueError(f"model is one of {', '.join(MODELS)}; got {self.model!r}.")
+        if self.noise not in NOISES:
+            raise ValueError(f"noise is one of {', '.join(NOISES)}; got {self.noise!r}.")
         if self.coverage not in COVERAGES:
             raise ValueError(f"coverage is one of {', '.join(COVERAGES)}; got {self.coverage!r}.")
         if not 0 < self.rtol < math.inf or self.max_steps < 1:
@@ -103,6 +111,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         "input": str,
         "catalog": str,
         "model": str,
+        "noise": str,
         "free_shift": list,
         "free_rotation": list,
         "free_background": list,

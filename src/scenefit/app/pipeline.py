@@ -17,6 +17,7 @@ from scenefit.app import io, plot
 from scenefit.app.config import NAMES, Settings
 from scenefit.app.serialization import atomic_path, package_version, save
 from scenefit.app.tablefile import write_catalog
+from scenefit.data.observation import Observation
 from scenefit.data.resampled import CorrelatedObservation
 from scenefit.infer.fit import FitResult, Status, fit
 from scenefit.model.parameters import Parameters
@@ -72,16 +73,11 @@ def run(
         if unknown := [name for name in getattr(settings, setting) if name not in names]:
             raise ValueError(f"{setting}: no observation is named {', '.join(map(repr, unknown))}; there are {names}.")
     positions = io.catalog_in(settings.input) if settings.catalog is None else io.read_catalog(settings.catalog)
-    if positions is None:
-        raise ValueError(
-            f"{settings.input}: expected an HDU CATALOG with RA and DEC of the sources, or --catalog TABLE."
-        )
-    observations = tuple(
-        CorrelatedObservation.from_observation(obs) if obs.name in settings.correlated else obs for obs in observations
-    )
+    observations = tuple(_with_noise(obs, settings, progress) for obs in observations)
     clock.lap("read")
     frame = Frame.from_observations(observations, settings.coverage)
-    scene = initialize(frame, observations, positions[0], model=settings.model, progress=progress)
+    catalog_positions = None if positions is None else positions[0]
+    scene = initialize(frame, observations, catalog_positions, model=settings.model, progress=progress)
     parameters = Parameters.default(scene, observations)
     for setting, path in FREED.items():
         for name in getattr(settings, setting):
@@ -98,6 +94,13 @@ def run(
     clock.lap("write")
     io.write_json(directory / "summary.json", summary(result, errors, clock.seconds))
     return result, [*written, directory / "summary.json"]
+
+
+def _with_noise(obs: Observation, settings: Settings, progress: bool) -> Observation:
+    """Return an observation with the noise that the settings ask for."""
+    if obs.name in settings.correlated:
+        return CorrelatedObservation.from_observation(obs, progress=progress)
+    return obs if settings.noise == "weights" else CorrelatedObservation.if_correlated(obs, progress=progress)
 
 
 def write_results(directory: Path, result: FitResult, table: QTable) -> list[Path]:

@@ -32,7 +32,7 @@ from numpyro.distributions.util import lazy_property
 from scenefit.arrays import box
 from scenefit.data import correlated, correlation, noise, nuisances, observation
 from scenefit.infer import diagnostics, fit, sample
-from scenefit.model import link, morphology, parameters, scene, source, spectrum, starlet
+from scenefit.model import clumpy, link, morphology, parameters, scene, source, spectrum, starlet
 from scenefit.sky import frame, mixture, psf, resampledpsf
 
 SCHEMA_VERSION = 1
@@ -61,6 +61,7 @@ _MODULES = (
     spectrum,
     link,
     morphology,
+    clumpy,
     starlet,
     source,
     scene,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from astropy.wcs import WCS
 
@@ -13,9 +15,37 @@ from scenefit.data.observation import Observation, naming
 from scenefit.data.resample import Resampling
 from scenefit.sky.frame import Frame, pixel_map
 
+LEAST_RATIO = 1.25
+"""Ratio of the noise of large areas to that of independent pixels from which on noise is taken for correlated unasked."""
+
 
 class CorrelatedObservation:
     """Makes observations with correlated noise: `Observation` objects like all others, with `CorrelatedNoise` as their noise."""
+
+    @staticmethod
+    def if_correlated(obs: Observation, *, progress: bool = True) -> Observation:
+        """Return an observation with the noise measured in its image if that is correlated; as it is if not or unknown.
+
+        Correlated counts as such where the noise of large areas differs by more than a quarter from that of independent pixels.
+
+        Parameters
+        ----------
+        obs : Observation
+        progress : bool
+            See `from_observation`, which raises an error where too few pixels are free of sources.
+        """
+        if not isinstance(obs.noise, WhiteNoise):
+            return obs
+        with warnings.catch_warnings():
+            # Correlations that are known badly aren't used.
+            warnings.simplefilter("error", UserWarning)
+            try:
+                measured = CorrelatedObservation.from_observation(obs, progress=progress)
+            except (ValueError, UserWarning):
+                return obs
+        noise = measured.noise
+        ratio = np.sqrt(np.asarray(noise.independent()[1]).sum(axis=(1, 2)))
+        return measured if np.abs(np.log(np.maximum(ratio, 1e-3))).max() > np.log(LEAST_RATIO) else obs
 
     @staticmethod
     def from_observation(

@@ -368,13 +368,15 @@ def _grown(component: Source, morphology: AbstractImageMorphology, frame, views:
     if not total > GROWTH_SIGNIFICANCE * np.sqrt(max(count, 1)):
         return None
     offset = (box.origin[0] - larger.origin[0], box.origin[1] - larger.origin[1])
-    return Source(component.center, component.spectrum, morphology.grown(larger.shape, offset))
+    return component.replace(morphology=morphology.grown(larger.shape, offset))
 
 
 def _with_components(source, path, replaced):
     """Return a source with the components in `replaced` (by path) exchanged."""
     if isinstance(source, CompositeSource):
-        return CompositeSource({n: _with_components(p, f"{path}.parts.{n}", replaced) for n, p in source.parts.items()})
+        return source.with_parts(
+            {n: _with_components(p, f"{path}.parts.{n}", replaced) for n, p in source.parts.items()}
+        )
     return replaced.get(path, source)
 
 

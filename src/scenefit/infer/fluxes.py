@@ -36,7 +36,7 @@ from scenefit.model.morphology import links
 from scenefit.model.packing import transform_stacks
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
-from scenefit.model.source import CompositeSource, Source
+from scenefit.model.source import CompositeSource
 from scenefit.model.spectrum import ArraySpectrum
 from scenefit.sky.frame import Channel, Frame, band_of
 
@@ -356,8 +356,8 @@ def unit_scene(scene: Scene, channels: Sequence[Channel]) -> Scene:
 
     def replaced(source):
         if isinstance(source, CompositeSource):
-            return CompositeSource({name: replaced(part) for name, part in source.parts.items()})
-        return Source(source.center, ArraySpectrum(np.ones(len(frame.channels))), source.morphology)
+            return source.with_parts({name: replaced(part) for name, part in source.parts.items()})
+        return source.replace(spectrum=ArraySpectrum(np.ones(len(frame.channels))))
 
     return Scene(frame, {name: replaced(source) for name, source in scene.sources.items()})
 

@@ -20,11 +20,11 @@ from scenefit.data.nuisances import LARGEST_ROTATION, NUISANCES
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import Renderer
 from scenefit.infer.problem import Image, Leaf, Prewhitened, Priors, Problem, State, unconstrained
-from scenefit.model.morphology import AbstractImageMorphology, with_parameter_values
+from scenefit.model.morphology import AbstractImageMorphology, parameter_values, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
 from scenefit.model.parameters import IMAGES, Parameters, unit_disk
 from scenefit.model.scene import Scene
-from scenefit.model.source import CompositeSource, Source
+from scenefit.model.source import Source
 
 
 class Layout(eqx.Module):
@@ -181,7 +181,7 @@ def _with_values(path, component, values) -> Source:
     else:
         morphology = with_parameter_values(morphology, shapes)
     spectrum = eqx.tree_at(lambda s: s.flux, component.spectrum, own.get("spectrum.flux", component.spectrum.flux))
-    return Source(own.get("center", component.center), spectrum, morphology)
+    return component.replace(center=own.get("center", component.center), spectrum=spectrum, morphology=morphology)
 
 
 def flux_coordinates(problem: Problem, layout: Layout) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -209,11 +209,14 @@ def _unpack_component(stack, member, component) -> Source:
         else:
             flux = np.zeros_like(flux)
     else:
-        values = {name: getattr(stack.morphology, name)[row] for name in morphology.constraints}
+        shapes = {name: value.shape for name, value in parameter_values(morphology).items()}
+        values = {n: getattr(stack.morphology, n)[(row, *map(slice, shape))] for n, shape in shapes.items()}
         values = {name: np.asarray(value, dtype=float) for name, value in values.items()}
         morphology = with_parameter_values(morphology, values)
     spectrum = eqx.tree_at(lambda s: s.flux, component.spectrum, flux)
-    return Source(np.asarray(stack.center[row], dtype=float), spectrum, morphology)
+    return component.replace(
+        center=np.asarray(stack.center[row], dtype=float), spectrum=spectrum, morphology=morphology
+    )
 
 
 def _replace_components(source, path, fitted):
@@ -221,7 +224,7 @@ def _replace_components(source, path, fitted):
     if isinstance(source, Source):
         return fitted[path]
     parts = {name: _replace_components(part, f"{path}.parts.{name}", fitted) for name, part in source.parts.items()}
-    return CompositeSource(parts)
+    return source.with_parts(parts)
 
 
 def _flux_unit(frame, observations, levels) -> np.ndarray:
@@ -326,7 +329,11 @@ class _ElementTable:
     ):
         """Add an array; `entries` are (path, indices into the array) of the parameters that it holds."""
         value = np.asarray(value, dtype=float)
-        specs = [(parameters.table[path], where) for path, where in entries]
+        # A row may be longer than the parameter: padded.
+        specs = [
+            (parameter, (*np.atleast_1d(where), *map(slice, parameter.shape)) if kind == "stack" else where)
+            for parameter, where in ((parameters.table[path], where) for path, where in entries)
+        ]
         anchors = {p.tied_to for p in parameters}
         if not any(p.free or p.tied_to or p.path in anchors for p, _ in specs):
             return

@@ -173,8 +173,8 @@ class GaussianMorphology(AbstractRingMorphology):
     constraints: ClassVar = {"half_light_radius": constraints.positive, "ellipticity": unit_disk}
 
     def __init__(self, half_light_radius, ellipticity=(0.0, 0.0)):
-        self.half_light_radius = _as_array(half_light_radius, ())
-        self.ellipticity = _as_array(ellipticity, (2,))
+        self.half_light_radius = as_parameter(half_light_radius, ())
+        self.ellipticity = as_parameter(ellipticity, (2,))
 
     def rings(self, count):  # noqa: D102
         return jnp.asarray(self.half_light_radius)[None] / HALF_LIGHT_PER_SIGMA, jnp.ones(1)
@@ -243,9 +243,9 @@ class SersicMorphology(AbstractSersicMorphology):
     }
 
     def __init__(self, half_light_radius, sersic_index, ellipticity=(0.0, 0.0)):
-        self.half_light_radius = _as_array(half_light_radius, ())
-        self.sersic_index = _as_array(sersic_index, ())
-        self.ellipticity = _as_array(ellipticity, (2,))
+        self.half_light_radius = as_parameter(half_light_radius, ())
+        self.sersic_index = as_parameter(sersic_index, ())
+        self.ellipticity = as_parameter(ellipticity, (2,))
 
     @property
     def index(self):  # noqa: D102
@@ -260,8 +260,8 @@ class ExponentialMorphology(AbstractSersicMorphology):
     constraints: ClassVar = {"half_light_radius": constraints.positive, "ellipticity": unit_disk}
 
     def __init__(self, half_light_radius, ellipticity=(0.0, 0.0)):
-        self.half_light_radius = _as_array(half_light_radius, ())
-        self.ellipticity = _as_array(ellipticity, (2,))
+        self.half_light_radius = as_parameter(half_light_radius, ())
+        self.ellipticity = as_parameter(ellipticity, (2,))
 
     @property
     def index(self):  # noqa: D102
@@ -276,8 +276,8 @@ class DeVaucouleursMorphology(AbstractSersicMorphology):
     constraints: ClassVar = {"half_light_radius": constraints.positive, "ellipticity": unit_disk}
 
     def __init__(self, half_light_radius, ellipticity=(0.0, 0.0)):
-        self.half_light_radius = _as_array(half_light_radius, ())
-        self.ellipticity = _as_array(ellipticity, (2,))
+        self.half_light_radius = as_parameter(half_light_radius, ())
+        self.ellipticity = as_parameter(ellipticity, (2,))
 
     @property
     def index(self):  # noqa: D102
@@ -320,8 +320,8 @@ class MultiGaussianMorphology(AbstractRingMorphology):
                 f"MultiGaussianMorphology wants finite, positive, increasing widths, shape (ring,); got {sigmas}."
             )
         count = len(self.sigmas)
-        self.amplitudes = _as_array(np.full(count, 1 / count) if amplitudes is None else amplitudes, (count,))
-        self.ellipticity = _as_array(ellipticity, (2,))
+        self.amplitudes = as_parameter(np.full(count, 1 / count) if amplitudes is None else amplitudes, (count,))
+        self.ellipticity = as_parameter(ellipticity, (2,))
 
     @classmethod
     def log_spaced(cls, smallest: float, largest: float, count: int, ellipticity=(0.0, 0.0)) -> MultiGaussianMorphology:
@@ -481,7 +481,7 @@ def _stamp_radius(half_light_radius, index, ellipticity, psf_sigma, tolerance: f
     return float(max(np.hypot(major * extent, psf_sigma * profiles.CORE_EXTENT), ringing))
 
 
-def _as_array(value, shape):
+def as_parameter(value, shape):
     """Return a parameter as an array of the given shape, or a link whose values have it."""
     if isinstance(value, AbstractLink):
         if value.values.shape[1:] != shape:

@@ -20,6 +20,7 @@ from scenefit.arrays import fourier
 from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_booleans, as_floats, as_integers
 from scenefit.arrays.stamps import add_stamps, bucket_count, bucket_size
+from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.link import AbstractLink
 from scenefit.model.morphology import AbstractImageMorphology, in_channels, links, with_arrays
 from scenefit.model.source import Source
@@ -28,6 +29,8 @@ from scenefit.sky.frame import Frame
 MAX_ROOM, ROOM_CANVASES = 2.5, 4
 """The stamps of profiles are at most by this ratio larger than need be, as long as all have no more pixels than so many
 canvases."""
+FEWEST_CLUMPS = 4
+"""Clumps of a morphology are padded to this number, or its double, fourfold ..."""
 SPARE_CANVASES = 3
 """Pixels, in units of the canvas, that stamps may be padded by to have fewer distinct sizes."""
 
@@ -269,8 +272,17 @@ def _stack_key(component, shape):
     """Return what components of one stack have in common."""
     morphology = component.morphology
     is_image = isinstance(morphology, AbstractImageMorphology)
-    shapes = morphology.values.shape[:-2] if is_image else _leaf_shapes(morphology)
+    shapes = morphology.values.shape[:-2] if is_image else _leaf_shapes(_padded(morphology))
     return type(morphology).__name__, shapes, shape, component.spectrum.flux.shape[0]
+
+
+def _padded(morphology):
+    """Return a morphology without links, its clumps padded to one of few numbers."""
+    plain = with_arrays(morphology)
+    if not isinstance(plain, ClumpyMorphology):
+        return morphology
+    count = 1 << max(FEWEST_CLUMPS.bit_length() - 1, (len(plain.offsets) - 1).bit_length())
+    return plain.padded(count)
 
 
 def _leaf_shapes(morphology):
@@ -324,7 +336,7 @@ def _stacked_morphologies(rows, shape):
         morphologies = [component.morphology.padded(shape[1:], member.offset) for component, member, *_ in rows]
         morphologies += [jax.tree.map(np.zeros_like, morphologies[0])] * (shape[0] - len(rows))
     else:
-        morphologies = [with_arrays(component.morphology) for component, *_ in rows]
+        morphologies = [with_arrays(_padded(component.morphology)) for component, *_ in rows]
         morphologies += morphologies[:1] * (shape[0] - len(rows))
     return jax.tree.map(lambda *leaves: as_floats(np.stack([np.asarray(x, float) for x in leaves])), *morphologies)
 

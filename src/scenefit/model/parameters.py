@@ -112,7 +112,8 @@ class Parameters(eqx.Module):
         """Build the natural choice: fluxes and shapes free; centers free except for free-pixel images; images fixed in place.
 
         The center of a free image is fixed because its values can move the light themselves. Offsets and
-        backgrounds of the observations are fixed, parameters of their noise are free.
+        backgrounds of the observations are fixed, parameters of their noise are free. Priors of a source's own
+        (`Source.priors`) are taken over, and the parts of a concentric `CompositeSource` tied.
         """
         table = {}
         for path, component in scene.components():
@@ -123,7 +124,14 @@ class Parameters(eqx.Module):
                 if parameter.path in table:
                     raise ValueError(f"Observation names must be distinct; {obs.name!r} repeats.")
                 table[parameter.path] = parameter
-        return cls(table, scene.frame.pixel_scale)
+        result = cls(table, scene.frame.pixel_scale)
+        for path, component in scene.components():
+            for name, prior in component.priors.items():
+                parameter = table[f"{path}.{name}"]
+                result.table[parameter.path] = parameter.replace(prior=result._fitting(prior, parameter))
+        for first, other in scene.ties():
+            result.table[other] = result.table[other].replace(tied_to=first)
+        return result
 
     def __getitem__(self, path: str) -> Parameter:
         """Return the parameter at a path; ValueError if that names several."""

@@ -48,6 +48,11 @@ class Scene(eqx.Module):
         for name, source in self.sources.items():
             yield from source.components(f"sources.{name}")
 
+    def ties(self) -> Iterator[tuple[str, str]]:
+        """Yield pairs of paths of parameters that belong together: the second always equals the first."""
+        for name, source in self.sources.items():
+            yield from source.ties(f"sources.{name}")
+
     def evaluate(self, names: Sequence[str] | None = None) -> np.ndarray:
         """Evaluate the scene, or only the sources named, on the frame.
 

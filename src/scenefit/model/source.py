@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import equinox as eqx
 import numpy as np
+import numpyro.distributions as dist
 from astropy.coordinates import SkyCoord
 from jaxtyping import Array
 
@@ -24,6 +25,10 @@ class AbstractSource(eqx.Module):
         """Yield the single components with their paths, starting from `path`."""
 
     @abstractmethod
+    def ties(self, path: str) -> Iterator[tuple[str, str]]:
+        """Yield pairs of paths of parameters, starting from `path`: the second always equals the first."""
+
+    @abstractmethod
     def placed(self, frame: Frame) -> AbstractSource:
         """Return the source with sky coordinates turned into positions on the frame."""
 
@@ -39,20 +44,30 @@ class Source(AbstractSource):
         Total flux per channel; an array stands for `ArraySpectrum`.
     morphology : AbstractMorphology
         Normalised to unit total flux.
+    priors : mapping of str to numpyro distribution, optional
+        What is known of its parameters beforehand, by path within the source, such as "morphology.sersic_index" or
+        "spectrum.flux": of each element, in the parameter's unit. `Parameters.default` begins with them.
 
     Raises
     ------
     ValueError
-        If the center isn't one finite position.
+        If the center isn't one finite position, or there is no parameter that a prior could be of.
     TypeError
-        If the morphology isn't one.
+        If the morphology isn't one, or a prior isn't a distribution.
     """
 
     center: np.ndarray | Array | SkyCoord
     spectrum: AbstractSpectrum
     morphology: AbstractMorphology
+    priors: dict[str, dist.Distribution]
 
-    def __init__(self, center, spectrum, morphology: AbstractMorphology):
+    def __init__(
+        self,
+        center,
+        spectrum,
+        morphology: AbstractMorphology,
+        priors: Mapping[str, dist.Distribution] | None = None,
+    ):
         if isinstance(center, SkyCoord):
             is_position = center.isscalar
         else:
@@ -65,14 +80,29 @@ class Source(AbstractSource):
         self.center = center
         self.spectrum = spectrum if isinstance(spectrum, AbstractSpectrum) else ArraySpectrum(spectrum)
         self.morphology = morphology
+        self.priors = dict(priors or {})
+        known = ["center", "spectrum.flux", *(f"morphology.{name}" for name in morphology.constraints)]
+        if unknown := sorted(set(self.priors) - set(known)):
+            raise ValueError(f"Priors of a source are of {', '.join(known)}; got {', '.join(map(repr, unknown))}.")
+        for path, prior in self.priors.items():
+            if not isinstance(prior, dist.Distribution):
+                raise TypeError(f"The prior of {path} is a distribution from numpyro.distributions; got {prior!r}.")
+
+    def replace(self, **changes) -> Source:
+        """Return a copy with some attributes changed."""
+        fields = {name: getattr(self, name) for name in ("center", "spectrum", "morphology", "priors")}
+        return Source(**{**fields, **changes})
 
     def components(self, path: str) -> Iterator[tuple[str, Source]]:  # noqa: D102
         yield path, self
 
+    def ties(self, path: str) -> Iterator[tuple[str, str]]:  # noqa: D102
+        yield from ()
+
     def placed(self, frame):  # noqa: D102
         if not isinstance(self.center, SkyCoord):
             return self
-        return Source(frame.to_pixel(self.center), self.spectrum, self.morphology)
+        return self.replace(center=frame.to_pixel(self.center))
 
 
 class CompositeSource(AbstractSource):
@@ -81,7 +111,9 @@ class CompositeSource(AbstractSource):
     Parameters
     ----------
     parts : mapping of str to Source
-        At least one. Tie their centers with `Parameters.tie` to move them together.
+        At least one.
+    concentric : bool
+        Whether all parts share the center of the first. (Other parameters are tied with `Parameters.tie`.)
 
     Raises
     ------
@@ -92,18 +124,31 @@ class CompositeSource(AbstractSource):
     """
 
     parts: dict[str, AbstractSource]
+    concentric: bool = eqx.field(static=True)
 
-    def __init__(self, parts: Mapping[str, AbstractSource]):
+    def __init__(self, parts: Mapping[str, AbstractSource], *, concentric: bool = False):
         if not parts:
             raise ValueError("A CompositeSource wants at least one part; got none.")
         self.parts = check_sources(parts)
+        self.concentric = bool(concentric)
+
+    def with_parts(self, parts: Mapping[str, AbstractSource]) -> CompositeSource:
+        """Return a source of other parts that belong together in the same way."""
+        return CompositeSource(parts, concentric=self.concentric)
 
     def components(self, path: str) -> Iterator[tuple[str, Source]]:  # noqa: D102
         for name, part in self.parts.items():
             yield from part.components(f"{path}.parts.{name}")
 
+    def ties(self, path: str) -> Iterator[tuple[str, str]]:  # noqa: D102
+        for name, part in self.parts.items():
+            yield from part.ties(f"{path}.parts.{name}")
+        if self.concentric:
+            first, *others = (name for name, _ in self.components(path))
+            yield from ((f"{first}.center", f"{other}.center") for other in others)
+
     def placed(self, frame):  # noqa: D102
-        return CompositeSource({name: part.placed(frame) for name, part in self.parts.items()})
+        return self.with_parts({name: part.placed(frame) for name, part in self.parts.items()})
 
 
 def check_sources(sources: Mapping[str, AbstractSource]) -> dict[str, AbstractSource]:

@@ -14,7 +14,7 @@ from scenefit.arrays.progress import with_progress
 from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
-from scenefit.model.source import AbstractSource, Source
+from scenefit.model.source import AbstractSource, CompositeSource, Source
 
 SMOOTHING = 1.0
 """Standard deviation, in pixels, of the Gaussian that an image is smoothed with before its moments are taken: a matched
@@ -92,7 +92,9 @@ def default_channel_weights(scene: Scene) -> np.ndarray:
 
 
 def has_own_center(source: AbstractSource) -> bool:
-    """Return whether a source is where its center says: one profile, no sum of parts and no free image."""
+    """Return whether a source is where its center says: one profile, or several about one center, and no free image."""
+    if isinstance(source, CompositeSource):
+        return source.concentric and all(has_own_center(part) for part in source.parts.values())
     return isinstance(source, Source) and not isinstance(source.morphology, AbstractImageMorphology)
 
 

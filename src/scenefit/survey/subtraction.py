@@ -1,0 +1,169 @@
+"""Detected sources as smooth models, with the fluxes that fit all observations best, to be subtracted before the next look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+from jax import Array
+
+from scenefit.arrays.box import Box
+from scenefit.data.observation import Observation
+from scenefit.sky.frame import Frame
+from scenefit.survey.envelopes import RING_SIGMAS, detection_image, fit_rings
+from scenefit.survey.significance import Sky
+
+STAMP_LIGHT, RING_EXTENT = 0.99, 4.0
+"""A model ends where it holds this fraction of the light of its rings, or at so many standard deviations of the widest."""
+MAX_STEPS, TOLERANCE = 12, 0.1
+"""Conjugate gradient steps for the fluxes, and the part of the gradient, in standard deviations, at which they end."""
+
+
+class Shape(NamedTuple):
+    """Rings of one ellipticity: standard deviations, in pixels, and shares in the flux; a point is a ring without width."""
+
+    sigmas: np.ndarray
+    weights: np.ndarray
+    ellipticity: np.ndarray
+
+    def radius(self, fraction: float) -> float:
+        """Return the circularised radius, in pixels, that holds a fraction of the light."""
+        if not self.sigmas.any():
+            return 0.0
+        radius = np.geomspace(1e-2, 6 * self.sigmas.max(), 400)
+        growth = (1 - np.exp(-0.5 * (radius[:, None] / np.maximum(self.sigmas, 1e-3)) ** 2)) @ self.weights
+        return float(np.interp(fraction, growth, radius))
+
+    @classmethod
+    def point(cls) -> Shape:
+        """Return a point."""
+        return cls(np.zeros(1), np.ones(1), np.zeros(2))
+
+
+def sharp_image(frame: Frame, observations: Sequence[Observation], widths: np.ndarray, alike: float) -> np.ndarray:
+    """Return the mean of the images about as sharp as the sharpest, on the pixels of the frame; NaN without data."""
+    total, norm = np.zeros(frame.box.shape), np.zeros(frame.box.shape)
+    for obs, width in zip(observations, widths, strict=True):
+        if width >= alike * widths.min():
+            continue
+        image, sigma = detection_image(frame, obs)
+        area = float(np.median(np.asarray(obs.matched_renderer.area)))
+        weight = np.where(np.isfinite(image), (area / sigma) ** 2, 0.0)
+        total += weight * np.nan_to_num(image) / area
+        norm += weight
+    return np.where(norm > 0, total / np.where(norm > 0, norm, 1.0), np.nan)
+
+
+def fit_shapes(
+    image: np.ndarray, psf_sigma: float, positions: np.ndarray, sizes: np.ndarray, is_compact: np.ndarray
+) -> list[Shape]:
+    """Return the shapes of sources on the sharpest image; where that has no data, Gaussians of the sizes they were found with."""
+    nearest = np.clip(np.rint(positions).astype(int), 0, np.array(image.shape) - 1)
+    is_seen = np.isfinite(image)[tuple(nearest.T)] if len(positions) else np.zeros(0, bool)
+    # A few pixels may be masked in the middle of a bright star.
+    for number in np.flatnonzero(~is_seen):
+        box = Box.around(tuple(positions[number]), int(np.ceil(4 * psf_sigma))).intersection(Box(image.shape))
+        is_seen[number] = np.isfinite(image[box.slices]).any()
+    result = [Shape(np.array([size]), np.ones(1), np.zeros(2)) for size in sizes]
+    if is_seen.any():
+        scale = float(np.nanmax(np.abs(image))) or 1.0
+        amplitudes, ellipticities = fit_rings(image / scale, positions[is_seen], psf_sigma)
+        for number, row, ellipticity in zip(np.flatnonzero(is_seen), amplitudes, ellipticities, strict=True):
+            used = row > 0
+            result[number] = Shape(RING_SIGMAS[used], row[used] / row.sum(), ellipticity)
+    return [Shape.point() if compact else shape for compact, shape in zip(is_compact, result, strict=True)]
+
+
+def templates(frame: Frame, positions: np.ndarray, shapes: Sequence[Shape]) -> scipy.sparse.csr_matrix:
+    """Return images of unit flux on the frame, with its PSF, one a row."""
+    psf_sigma = float(frame.psf.effective_sigma[0])
+    whole = Box(frame.box.shape)
+    number = np.arange(whole.shape[0] * whole.shape[1]).reshape(whole.shape)
+    values, columns, ends = [], [], [0]
+    for position, shape in zip(positions, shapes, strict=True):
+        norm = float(np.hypot(*shape.ellipticity))
+        stretch = ((1 + norm) / (1 - norm)) ** 0.25
+        wide = min(shape.radius(STAMP_LIGHT), RING_EXTENT * shape.sigmas.max()) * stretch
+        box = Box.around(tuple(position), int(np.ceil(np.hypot(wide, RING_EXTENT * psf_sigma)))).intersection(whole)
+        y, x = np.ogrid[box.slices]
+        image = _rings(y - position[0], x - position[1], shape, psf_sigma)
+        values.append(image.ravel())
+        columns.append(number[box.slices].ravel())
+        ends.append(ends[-1] + image.size)
+    if not values:
+        return scipy.sparse.csr_matrix((0, number.size))
+    return scipy.sparse.csr_matrix(
+        (np.concatenate(values), np.concatenate(columns), ends), shape=(len(values), number.size)
+    )
+
+
+def _rings(y, x, shape: Shape, psf_sigma: float) -> np.ndarray:
+    """Return the rings at offsets from the center, of unit flux."""
+    e1, e2 = shape.ellipticity
+    image = np.zeros(np.broadcast_shapes(y.shape, x.shape))
+    for sigma, weight in zip(shape.sigmas, shape.weights, strict=True):
+        mean = sigma**2 / np.sqrt(1 - e1**2 - e2**2)
+        xx, yy, xy = mean * (1 + e1) + psf_sigma**2, mean * (1 - e1) + psf_sigma**2, mean * e2
+        determinant = xx * yy - xy**2
+        exponent = (xx * y**2 - 2 * xy * x * y + yy * x**2) / determinant
+        image += weight * np.exp(-0.5 * exponent) / (2 * np.pi * np.sqrt(determinant))
+    return image
+
+
+def fit_fluxes(
+    sky: Sky,
+    frame: Frame,
+    images: scipy.sparse.csr_matrix,
+    information: np.ndarray,
+    pulls: Sequence[Array],
+    start: np.ndarray,
+) -> tuple[np.ndarray, list[Array]]:
+    """Return fluxes (source, channel), in units of the sky, that fit all observations best, and what is then left to pull.
+
+    Linear least squares by conjugate gradients, all channels side by side.
+
+    Parameters
+    ----------
+    sky : Sky
+    frame : Frame
+    images : sparse matrix, shape (source, pixel)
+    information : array, shape (source, channel)
+        About that of each flux; 0 where there are no data.
+    pulls : sequence of arrays
+        `sky.pull` of nothing.
+    start : array, shape (source, channel)
+    """
+    height, width = frame.box.shape
+    has_data = information > 0
+    step_size = np.where(has_data, 1 / np.where(has_data, information, 1.0), 0.0)
+
+    def gradient(left) -> np.ndarray:
+        canvas = np.asarray(sum(left), dtype=float)[:, :height, :width]
+        return images @ canvas.reshape(len(canvas), -1).T
+
+    def pulled(fluxes) -> list[Array]:
+        return sky.pull((images.T @ fluxes).T.reshape(frame.shape) * sky.unit[:, None, None])
+
+    fluxes = np.where(has_data, start, 0.0)
+    left = pulled(fluxes) if fluxes.any() else list(pulls)
+    rest = gradient(left)
+    ahead = step_size * rest
+    size = (rest * ahead).sum(axis=0)
+    for _ in range(MAX_STEPS):
+        if not (np.abs(rest) * np.sqrt(step_size)).max(initial=0.0) > TOLERANCE:
+            break
+        along = [before - after for before, after in zip(pulls, pulled(ahead), strict=True)]
+        bent = gradient(along)
+        curvature = (ahead * bent).sum(axis=0)
+        step = np.where(curvature > 0, size / np.where(curvature > 0, curvature, 1.0), 0.0)
+        fluxes = fluxes + step * ahead
+        rest = rest - step * bent
+        new = step_size * rest
+        new_size = (rest * new).sum(axis=0)
+        ahead = new + np.where(size > 0, new_size / np.where(size > 0, size, 1.0), 0.0) * ahead
+        size = new_size
+        moved = np.asarray(step, np.float32)[:, None, None]
+        left = [now - moved * change for now, change in zip(left, along, strict=True)]
+    return fluxes, left

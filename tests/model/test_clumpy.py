@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from scenefit.model.clumpy import ClumpyMorphology
+from scenefit.model.parameters import Parameters
+from scenefit.model.scene import Scene
+from scenefit.model.source import Source
+from scenefit.sky.frame import Frame
+from scenefit.sky.psf import GaussianPSF
+from tests.helpers import make_observation
+
+OFFSETS, FRACTIONS = [[2.3, -4.1], [-3.2, 1.7], [0.4, 5.6]], [0.1, 0.05, 0.15]
+
+
+def test_a_disk_and_points_against_galsim():
+    galsim = pytest.importorskip("galsim")
+    center, sigma, e = np.array([30.3, 29.6]), 1.3, (0.3, -0.2)
+    frame = Frame((61, 61), channels="i", padding=24)
+    scene = Scene(frame, [Source(center, [1.0], ClumpyMorphology(4.0, 1.1, e, OFFSETS, FRACTIONS))])
+    obs = make_observation((61, 61), channels="i", psf=GaussianPSF(sigma, integrate_pixel=True), wcs=None)
+    image = obs.match(frame).render(scene)[0]
+    accuracy = galsim.GSParams(
+        folding_threshold=1e-4, maxk_threshold=1e-5, kvalue_accuracy=1e-7, maximum_fft_size=20000
+    )
+    smooth = galsim.Sersic(1.1, half_light_radius=4.0, gsparams=accuracy).shear(e1=e[0], e2=e[1]).withFlux(0.7)
+    points = [galsim.DeltaFunction(flux=f).shift(x, y) for f, (y, x) in zip(FRACTIONS, OFFSETS, strict=True)]
+    psf = galsim.Gaussian(sigma=sigma, gsparams=accuracy)
+    truth = galsim.Image(61, 61, dtype=float)
+    both = galsim.Convolve(galsim.Add([smooth, *points]), psf, gsparams=accuracy)
+    both.shift(center[1] - 30, center[0] - 30).drawImage(truth, scale=1)
+    # 4e-4 of the peak of a point through this PSF, and of the profile's: ringing, aliases in GalSim's samples.
+    np.testing.assert_allclose(image, truth.array, atol=5e-4 * truth.array.max())
+
+
+def test_all_of_it_is_free():
+    scene = Scene(
+        Frame((61, 61), channels="i"),
+        {"a": Source((30.0, 30.0), [1.0], ClumpyMorphology(4.0, 1.0, (0, 0), OFFSETS, FRACTIONS))},
+    )
+    assert all(parameter.free for parameter in Parameters.default(scene, []))
+
+
+def test_padding_adds_no_light():
+    morphology = ClumpyMorphology(4.0, 1.1, (0.1, 0.2), OFFSETS, FRACTIONS)
+    y = x = np.arange(-20.0, 21.0)
+    images = [np.asarray(each.evaluate(y, x, 0.7)) for each in (morphology, morphology.padded(8))]
+    # 1e-7: rounding of sums in another order.
+    np.testing.assert_allclose(images[1], images[0], atol=1e-7)
+
+
+def test_the_stamp_holds_all_clumps():
+    morphology = ClumpyMorphology(1.0, 1.0, (0, 0), [[25.0, 0.0]], [0.1])
+    assert morphology.radius(0.7) > 25 + 4.8 * 0.7
+
+
+@pytest.mark.parametrize(
+    ("offsets", "fractions", "message"),
+    [
+        ([1.0, 2.0], [0.1], r"finite offsets \(y, x\), shape \(clump, 2\); got \[1.0, 2.0\]"),
+        ([[1.0, np.nan]], [0.1], r"finite offsets \(y, x\)"),
+        ([[1.0, 2.0]], [-0.1], "not negative and sum to less than 1"),
+        ([[1.0, 2.0], [3.0, 4.0]], [0.5, 0.5], "not negative and sum to less than 1"),
+        ([[1.0, 2.0]], [0.1, 0.2], r"Expected a parameter of shape \(1,\); got \(2,\)"),
+    ],
+)
+def test_what_are_no_clumps(offsets, fractions, message):
+    with pytest.raises(ValueError, match=message):
+        ClumpyMorphology(4.0, 1.0, (0, 0), offsets, fractions)

@@ -1,0 +1,96 @@
+"""What sources are made of, on an image drawn by GalSim."""
+
+import numpy as np
+import pytest
+
+from scenefit.data.observation import Observation
+from scenefit.infer.fit import fit
+from scenefit.model.clumpy import ClumpyMorphology
+from scenefit.model.morphology import PointMorphology, SersicMorphology
+from scenefit.model.source import CompositeSource, Source
+from scenefit.sky.frame import Frame
+from scenefit.sky.psf import ImagePSF
+from scenefit.survey.families import IRREGULAR, LEAST_SHARE, TYPICAL_SHARE, bulge_share
+from scenefit.survey.initialize import initialize
+
+SHAPE, SIGMA = (150, 190), 1.0
+FLUXES = {"star": 600.0, "disk": 6000.0, "bulge": 8000.0, "clumpy": 9000.0}
+CENTERS = {"star": (30.2, 30.4), "disk": (38.3, 95.6), "bulge": (110.7, 45.2), "clumpy": (95.4, 140.3)}
+CLUMPS = np.array([[11.0, -6.0], [-9.0, 8.0], [4.0, 14.0], [-13.0, -7.0], [15.0, 6.0], [-5.0, -15.0]])
+CLUMP_FLUX = 450.0
+
+
+@pytest.fixture(scope="module")
+def observation():
+    """A star, a disk, a disk with a bulge and a clumpy disk, through a PSF with wings, with white noise."""
+    galsim = pytest.importorskip("galsim")
+    psf = galsim.Moffat(beta=3.0, fwhm=2.6)
+    disk = galsim.Exponential(half_light_radius=6.0).shear(g1=0.1, g2=-0.15).withFlux(FLUXES["disk"])
+    smooth = galsim.Exponential(half_light_radius=10.0).shear(g1=-0.1, g2=0.1)
+    clumps = [galsim.DeltaFunction(flux=CLUMP_FLUX).shift(x, y) for y, x in CLUMPS]
+    kinds = {
+        "star": galsim.DeltaFunction(flux=FLUXES["star"]),
+        "disk": disk,
+        "bulge": galsim.Add(
+            galsim.Exponential(half_light_radius=9.0).shear(g1=0.2).withFlux(0.5 * FLUXES["bulge"]),
+            galsim.Sersic(3.0, half_light_radius=3.5).withFlux(0.5 * FLUXES["bulge"]),
+        ),
+        "clumpy": galsim.Add(smooth.withFlux(FLUXES["clumpy"] - len(CLUMPS) * CLUMP_FLUX), *clumps),
+    }
+    image = galsim.Image(SHAPE[1], SHAPE[0], dtype=float, xmin=0, ymin=0)
+    for name, profile in kinds.items():
+        y, x = CENTERS[name]
+        galsim.Convolve(profile, psf).drawImage(image, scale=1, center=galsim.PositionD(x, y), add_to_image=True)
+    data = image.array + np.random.default_rng(5).normal(0, SIGMA, SHAPE)
+    stamp = psf.drawImage(nx=41, ny=41, scale=1).array
+    return Observation(data, sigma=np.full(SHAPE, SIGMA), psf=ImagePSF(stamp), channels="i", name="HST")
+
+
+@pytest.fixture(scope="module")
+def scene(observation):
+    return initialize(Frame(SHAPE, channels="i"), observation, np.array(list(CENTERS.values())), progress=False)
+
+
+def test_every_source_is_of_its_family(scene):
+    star, disk, bulge, clumpy = scene.sources.values()
+    assert isinstance(star.morphology, PointMorphology)
+    assert isinstance(disk, Source)
+    assert isinstance(disk.morphology, SersicMorphology)
+    assert isinstance(bulge, CompositeSource)
+    assert bulge.concentric
+    assert list(bulge.parts) == ["disk", "bulge"]
+    assert isinstance(clumpy, Source)
+    assert isinstance(clumpy.morphology, ClumpyMorphology)
+
+
+def test_clumps_are_found_with_their_light(scene):
+    clumpy = scene.sources["3"]
+    found, fractions = clumpy.morphology.offsets, clumpy.morphology.fractions
+    places = found + clumpy.center - CENTERS["clumpy"]
+    for clump in CLUMPS:
+        near = np.hypot(*(places - clump).T) < 0.7
+        # 30 %: what of a clump the profile that was fitted first has taken.
+        light = fractions[near & (fractions > 0)].sum() * FLUXES["clumpy"]
+        assert light == pytest.approx(CLUMP_FLUX, rel=0.3)
+    assert fractions.sum() > IRREGULAR
+    # Hardly anything elsewhere: the light of one clump.
+    assert fractions.sum() * FLUXES["clumpy"] < (len(CLUMPS) + 1) * CLUMP_FLUX
+
+
+def test_fluxes_of_a_fit(scene, observation):
+    result = fit(scene, [observation], progress=False)
+    assert result.is_converged
+    for name, source in zip(CENTERS, result.scene.sources.values(), strict=True):
+        flux = sum(float(part.spectrum.flux[0]) for _, part in source.components(""))
+        # 3 %: two standard errors of a galaxy of unknown shape.
+        assert flux == pytest.approx(FLUXES[name], rel=0.03), name
+
+
+def test_the_share_of_a_bulge():
+    bright, faint = 1e4, 0.1
+    assert bulge_share(1.0, bright) == 0.0
+    shares = [bulge_share(index, bright) for index in (1.5, 2.0, 3.0, 4.0)]
+    assert (np.diff(shares) > 0).all()
+    assert shares[0] > LEAST_SHARE
+    assert bulge_share(8.0, bright) == pytest.approx(0.8, abs=1e-3)
+    assert [bulge_share(index, faint) for index in (1.0, 8.0)] == pytest.approx([TYPICAL_SHARE] * 2, abs=1e-2)
