@@ -4,8 +4,8 @@
     python detection.py --fields 20 --simulator make_blend.py [--first-seed 100] [--json]
 
 Every file holds images of both cameras as `sf.read_observations` takes them, the sources that were drawn (TRUTH: ra, dec) and the
-image of each alone without noise (SRC_HST). `--fields` has the script given draw so many into a temporary folder, every other one with
-the space image turned by 23 degrees, with 4 to 9 sources: galaxies with and without bulge, with clumps, and stars.
+image of each alone without noise (SRC_HST). `--fields` has the script given draw so many into a temporary folder, every other one
+with the space image turned by 23 degrees, with 4 to 9 sources: galaxies with and without bulge, with clumps, and stars.
 
 The signal to noise of a source is that of its image in the space camera, `sqrt(sum of squares) / sigma * sum(k^2)^0.5` with k the
 kernel [1, 2, 1] x [1, 2, 1] / 16 of the correlated noise: its power for smooth images is 1 / sum(k^2) of that of white noise.
@@ -141,7 +141,7 @@ def main():
     if arguments.list:
         for field in fields:
             print(
-                f"{field['field']}: missed {field['missed']}, false {field['false']} (y, x, significance), {field['clumps']} clumps"
+                f"{field['field']}: missed {field['missed']}; false {field['false']} (y, x, S/N); {field['clumps']} clumps"
             )
     total = {
         key: sum(field[key] for field in fields)

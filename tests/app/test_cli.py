@@ -480,7 +480,6 @@ BAD_FILES = {
     "no weights": (without("HSC_WEIGHTS"), "expected an image HDU HSC_WEIGHTS; found HDUs"),
     "no PSF": (without("HST_PSF"), "expected an image HDU HST_PSF"),
     "no image": (without("HSC_OBS"), "expected an image HDU HSC_OBS; found HDUs"),
-    "no catalogue": (without("CATALOG"), "expected an HDU CATALOG with RA and DEC of the sources, or --catalog TABLE"),
     "shapes differ": (replaced("HSC_WEIGHTS", lambda w: w[:, :-1]), "doesn't match data of shape (2, 14, 14)"),
     "negative weights": (replaced("HST_WEIGHTS", with_value(-1)), "HST_WEIGHTS|weights|negative"),
     "NaN weights": (replaced("HST_WEIGHTS", with_value(np.nan)), "weights|NaN"),
@@ -601,6 +600,42 @@ class TestBadInput:
 
         monkeypatch.setattr(Path, "touch", refuse)
         self.check(fit(tmp_path / "out", field), "can't write into this folder: Permission denied")
+
+
+class TestDetection:
+    """Files without a catalogue."""
+
+    def test_sources_are_found(self, tmp_path):
+        hdus = make_hdus()
+        del hdus["CATALOG"]
+        hdus.writeto(tmp_path / "field.fits")
+        run = fit(tmp_path / "out", tmp_path / "field.fits", "--model", "gaussian", "--free-shift", "HSC", "--quiet")
+        assert run.code == 0
+        assert run.files == set(FILES)
+        found = SkyCoord(run.table["ra"], run.table["dec"])
+        for position, _, (flux, *_) in SOURCES:
+            # A third of the PSF's width, 0.06 arcsec; four standard errors of the flux.
+            nearest = int(sky(*position).separation(found).argmin())
+            assert sky(*position).separation(found[nearest]) < 0.02 * u.arcsec
+            error = 4 * run.table["flux_err_F814W"][nearest].to_value(u.nJy)
+            assert run.table["flux_F814W"][nearest].to_value(u.nJy) == pytest.approx(flux, abs=error)
+        assert len(found) == len(SOURCES)
+
+    def test_nothing_to_find(self, tmp_path):
+        hdus = make_hdus()
+        del hdus["CATALOG"]
+        rng = np.random.default_rng(3)
+        for name, sigma in SIGMA.items():
+            image = hdus[f"{name}_OBS"]
+            image.data = rng.normal(0, sigma, image.data.shape).astype(np.float32)
+        hdus.writeto(tmp_path / "field.fits")
+        with pytest.warns(UserWarning, match="No source was detected: the scene is empty"):
+            run = fit(tmp_path / "out", tmp_path / "field.fits")
+        assert run.code == 0
+        assert run.files == set(FILES)
+        assert len(run.table) == 0
+        assert run.summary["num_sources"] == 0
+        assert "flux_F814W" in run.table.colnames
 
 
 class TestNothingHalfWritten:

@@ -216,10 +216,9 @@ def test_all_inside_warns_not(frame, observations, positions):
         (np.array([[20.0, 20.0], [np.nan, 3.0]]), r"must be finite and visible from the frame; rows \[1\] aren't"),
         (SkyCoord([150.3, 330.3] * u.deg, [2.05, -2.05] * u.deg), r"finite and visible from the frame; rows \[1\]"),
         (np.zeros((0, 2)), "catalogue is empty"),
-        (None, r"wants catalog=: a SkyCoord or an array of positions \(y, x\)"),
         (np.zeros((3, 3)), r"A position is a SkyCoord or \(y, x\) in pixels"),
     ],
-    ids=["outside", "nan", "behind", "empty", "none", "shape"],
+    ids=["outside", "nan", "behind", "empty", "shape"],
 )
 def test_catalogues_without_use(frame, observations, catalog, message):
     with pytest.raises(ValueError, match=message):

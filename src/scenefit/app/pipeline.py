@@ -20,7 +20,10 @@ from scenefit.app.tablefile import write_catalog
 from scenefit.data.observation import Observation
 from scenefit.data.resampled import CorrelatedObservation
 from scenefit.infer.fit import FitResult, Status, fit
+from scenefit.model.morphology import PointMorphology
 from scenefit.model.parameters import Parameters
+from scenefit.model.scene import Scene
+from scenefit.model.source import Source
 from scenefit.sky.frame import Frame
 from scenefit.survey.catalog import catalog, channel_label, nuisance_errors
 from scenefit.survey.initialize import initialize
@@ -76,12 +79,12 @@ def run(
     observations = tuple(_with_noise(obs, settings, progress) for obs in observations)
     clock.lap("read")
     frame = Frame.from_observations(observations, settings.coverage)
+    # What can't be free is said before anything takes long; for that, any source will do.
+    anything = Scene(frame, [Source(frame.center, np.ones(len(frame.channels)), PointMorphology())])
+    _freed(Parameters.default(anything, observations), settings)
     catalog_positions = None if positions is None else positions[0]
     scene = initialize(frame, observations, catalog_positions, model=settings.model, progress=progress)
-    parameters = Parameters.default(scene, observations)
-    for setting, path in FREED.items():
-        for name in getattr(settings, setting):
-            parameters = parameters.free(f"observations.{name}.{path}")
+    parameters = _freed(Parameters.default(scene, observations), settings)
     clock.lap("initialize")
     result = fit(scene, observations, parameters, progress=progress, rtol=settings.rtol, max_steps=settings.max_steps)
     clock.lap("fit")
@@ -94,6 +97,14 @@ def run(
     clock.lap("write")
     io.write_json(directory / "summary.json", summary(result, errors, clock.seconds))
     return result, [*written, directory / "summary.json"]
+
+
+def _freed(parameters: Parameters, settings: Settings) -> Parameters:
+    """Return the parameters with what the settings set free."""
+    for setting, path in FREED.items():
+        for name in getattr(settings, setting):
+            parameters = parameters.free(f"observations.{name}.{path}")
+    return parameters
 
 
 def _with_noise(obs: Observation, settings: Settings, progress: bool) -> Observation:

@@ -75,9 +75,11 @@ class Footprints(eqx.Module):
         The same for every element.
     color : array of int, shape (member,)
         Components of one color are apart from one another in all observations.
-    num_colors : int
+    visits : array of int, shape (v,)
+        The pairs of color and slot (color times the number of slots, plus slot) that anything free is in; then padding.
+    num_visits : int
     room : int
-        So many colors or more: few distinct numbers.
+        So many colors as there are, or more: few distinct numbers.
     cores : tuple of (array of int, shape (n, 2)) or None
         For each stack, the first pixel of the part of each stamp that is differentiated; None for all of it.
     core_sizes : tuple of ((int, int) or None)
@@ -94,7 +96,8 @@ class Footprints(eqx.Module):
     own_places: tuple[Int[Array, " _"], ...]
     element_places: Int[Array, " e"]
     color: Int[Array, " member"]
-    num_colors: Int[Array, ""]
+    visits: Int[Array, " v"]
+    num_visits: Int[Array, ""]
     room: int = eqx.field(static=True)
     cores: tuple[Int[Array, "_ 2"] | None, ...]
     core_sizes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
@@ -141,6 +144,7 @@ def footprints(
     num_colors = int(color.max(initial=0)) + 1
     element_places = _element_places(problem, index)
     places, own_places = _places(problem, element_places, len(index), starts)
+    visits = _visits(color, (places != len(index)).any(axis=2))
     group = np.full(len(index) + 1, len(places))
     group[places.ravel()] = np.repeat(np.arange(len(places)), places[0].size if len(places) else 1)
     return Footprints(
@@ -150,7 +154,8 @@ def footprints(
         own_places=tuple(as_integers(own) for own in own_places),
         element_places=as_integers(element_places),
         color=as_integers(color),
-        num_colors=as_integers(num_colors),
+        visits=as_integers(np.pad(visits, (0, _room(len(visits)) - len(visits)))),
+        num_visits=as_integers(len(visits)),
         room=_room(num_colors),
         cores=tuple(origins),
         core_sizes=tuple(sizes),
@@ -159,6 +164,12 @@ def footprints(
         ),
         is_quick=quick,
     )
+
+
+def _visits(color: np.ndarray, is_used: np.ndarray) -> np.ndarray:
+    """Return the pairs of color and slot that anything free is in, given which slots (member, slot) members use."""
+    num_slots = is_used.shape[1]
+    return np.unique((color[:, None] * num_slots + np.arange(num_slots))[is_used])
 
 
 def _room(count: int) -> int:

@@ -129,11 +129,12 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
         modes = jnp.broadcast_to(fourier.transform(canvas), spectrum.shape)
         return [function(modes) for function in render]
 
-    def step(number, filled):
+    def step(visit, filled):
+        number = where.visits[visit]
         return [images.at[number].set(image) for images, image in zip(filled, one(number), strict=True)]
 
     blank = [jnp.zeros((where.room * num_slots, *image.data.shape), image.data.dtype) for image in images]
-    filled = lax.fori_loop(0, where.num_colors * num_slots, step, blank)
+    filled = lax.fori_loop(0, where.num_visits, step, blank)
     gains = jnp.concatenate([spectra.swapaxes(0, 1) for _, spectra, _ in parts])
     return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled], gains
 

@@ -176,7 +176,7 @@ def _component_parts(problem, state, layout, scene, observations, where, slopes,
     places, color = np.asarray(where.places), np.asarray(where.color)
     gains = np.concatenate([np.asarray(each.gains).swapaxes(0, 1) for each in slopes])
     counts = places < len(where)
-    colors = [c for c in range(int(where.num_colors)) if counts[numbers[color[numbers] == c]].any()]
+    colors = [c for c in range(int(color.max(initial=0)) + 1) if counts[numbers[color[numbers] == c]].any()]
     for c in with_progress(colors, "errors of fluxes", progress):
         images = jax.device_get(_images_of_color(problem, state, slopes, where.color, as_integers(c)))
         for n, image in enumerate(images):

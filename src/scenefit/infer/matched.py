@@ -28,7 +28,7 @@ from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.correlation import power_at
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import Renderer, transform_model
-from scenefit.data.sampling import GridSampling, SeparableSampling
+from scenefit.data.sampling import GridSampling, NonuniformSampling, SeparableSampling, TurningSampling
 from scenefit.sky.frame import Frame, pixel_map
 from scenefit.sky.psf import mapped_frequencies
 
@@ -72,9 +72,9 @@ def flux_units(frame: Frame, observations: Sequence[Observation]) -> np.ndarray:
     """Return the flux unit of each channel of the frame: the lowest noise level of the observations that show it."""
     unit = np.full(len(frame.channels), np.inf)
     for obs in observations:
-        has_data = obs.noise.valid.any(axis=(1, 2))
-        for channel, value, seen in zip(frame.channel_index(obs.channels), obs.noise.level(), has_data, strict=True):
-            unit[channel] = min(unit[channel], value if seen else np.inf)
+        has_data = np.asarray(obs.noise.valid).any(axis=(1, 2))
+        channels, levels = list(frame.channel_index(obs.channels)), np.where(has_data, obs.noise.level(), np.inf)
+        unit[channels] = np.minimum(unit[channels], levels)
     return np.where(np.isfinite(unit), unit, 1.0)
 
 
@@ -133,6 +133,8 @@ def _sampling_factor(frame: Frame, obs: Observation) -> np.ndarray:
         corners = pixel_map(obs.wcs, frame.wcs, *np.array(np.meshgrid(*ends)).reshape(2, -1))
         first = corners.min(axis=0)
         return np.exp(2j * np.pi * (ky * first[0] + kx * first[1]))
+    if not isinstance(sampling, NonuniformSampling | TurningSampling):
+        raise TypeError(f"{obs.name} has a sampling of an unknown kind: {type(sampling).__name__}.")
     fine, canvas = sampling.fine_shape, renderer.fft_shape
     return 1 / (fourier.window_transform(ky * canvas[0] / fine[0]) * fourier.window_transform(kx * canvas[1] / fine[1]))
 

@@ -121,21 +121,21 @@ def _candidates(sky: Sky, layer: Layer, numerator: np.ndarray, spread: np.ndarra
     scales = range(sky.num_scales)
     planes = np.stack([sky.significance(layer, numerator, s, spread[s]) for s in scales])
     bare = np.stack([sky.significance(layer, numerator, s) for s in scales])
+    contrasts = np.stack([sky.contrast(layer, numerator, s, spread[s]) for s in scales])
     fluxes = np.stack([sky.flux(layer, numerator, s) for s in scales])
     result = []
     for current, image, found in peaks:
         place = int(found[0]), int(found[1])
         height = float(image[place])
         while current > 0:
-            finer = climb(planes[current - 1], place, 0.5 * sky.sizes[current])
+            finer = climb(planes[current - 1], place, 0.5 * float(sky.sizes[current]))
             if planes[(current - 1, *finer)] < planes[(current, *place)]:
                 break
             current, place = current - 1, finer
         best = int(np.argmax(bare[(slice(None), *place)]))
-        contrast = sky.contrast(layer, numerator, best, spread[best])
-        place = climb(contrast, place, NEAR)
+        place = climb(contrasts[best], place, NEAR)
         at = (slice(None), *place)
-        result.append(_described(sky, refine_peak(contrast, place), bare[at], fluxes[at], height))
+        result.append(_described(sky, refine_peak(contrasts[best], place), bare[at], fluxes[at], height))
     return result
 
 

@@ -20,7 +20,7 @@ CLUMP_ROUNDS, CLUMP_SIGNIFICANCE = 3, 4.0
 """How often clumps are looked for, and the least significance of their peaks."""
 CLUMP_REACH, CLUMP_GAP = 4.0, 1.5
 """Half-light radii of its host up to which a clump belongs to it, and widths of the PSF that it is away from all centers."""
-MAX_CLUMPS = 16
+MAX_CLUMPS = 8
 """Clumps of a source at most."""
 
 
@@ -33,7 +33,7 @@ def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, 
         By source: offsets (y, x) from its center in model pixels, and shares in its light.
     """
     (obs,), scene = result.observations, result.scene
-    view = _View(obs, scene)
+    view = _SharpView(obs, scene)
     core = float(obs.psf.effective_sigma.min())
     hosts = {n: s for n, s in scene.sources.items() if isinstance(s.morphology, SersicMorphology)}
     centers = np.array([source.center for source in scene.sources.values()])
@@ -77,7 +77,7 @@ class _Clumps(NamedTuple):
         return _Clumps([*self.hosts, host], pixels, places, np.append(self.light, 0.0), self.scales)
 
 
-class _View:
+class _SharpView:
     """An image, the mean of its channels, with what profiles and points look like on it."""
 
     def __init__(self, obs: Observation, scene: Scene):

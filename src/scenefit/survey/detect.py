@@ -34,7 +34,7 @@ from scenefit.survey.detections import Detections, flux_columns, length_unit, pl
 from scenefit.survey.listed import catalog_centers
 from scenefit.survey.outliers import without_outliers
 from scenefit.survey.significance import ALIKE, Layer, Sky, sky_sigma
-from scenefit.survey.subtraction import Shape, fit_fluxes, fit_shapes, sharp_image, templates
+from scenefit.survey.subtraction import RingShape, fit_fluxes, fit_shapes, sharp_image, templates
 
 SCALES = (0.0, 1.25, 2.5, 5.0)
 """Standard deviations of sources that are looked for, in units of that of the sharpest PSF; the last smooths clumps of galaxies
@@ -51,7 +51,7 @@ FOOTPRINT_SIGMA, FOOTPRINT_PIXELS = 2.0, 5
 """Significance (of smoothed light) and number of pixels of which footprints are made."""
 
 
-class Source(NamedTuple):
+class Entry(NamedTuple):
     """A source so far: a candidate, its row in the catalogue (-1: none), and whether the data show it."""
 
     candidate: Candidate
@@ -131,7 +131,7 @@ def detect(
     layer = search.layers[0]
     numerator = search.sky.chosen(layer, search.planes)
     sources = [
-        Source(candidate_at(search.sky, layer, numerator, center), row, False)
+        Entry(candidate_at(search.sky, layer, numerator, center), row, False)
         for center, row in zip(centers, rows, strict=True)
     ]
     first = first_candidates(search.sky, layer, numerator, _spread(search, layer, search.scene_planes), threshold)
@@ -165,7 +165,7 @@ class Search(NamedTuple):
 class Fit(NamedTuple):
     """Models of the sources: `fluxes` (source, channel) in units of the sky, `planes` of what they leave."""
 
-    shapes: list[Shape]
+    shapes: list[RingShape]
     images: scipy.sparse.csr_matrix
     fluxes: np.ndarray
     information: np.ndarray
@@ -271,7 +271,7 @@ def _spread(search: Search, layer: Layer, lit: np.ndarray) -> np.ndarray:
     return MODEL_ERROR * np.abs(search.sky.chosen(layer, lit))
 
 
-def _with_new(search: Search, sources: list[Source], new: Sequence[Candidate]) -> list[Source]:
+def _with_new(search: Search, sources: list[Entry], new: Sequence[Candidate]) -> list[Entry]:
     """Return the sources with new ones; those at the place of a row of the catalogue stand for it."""
     sources = list(sources)
     radius = MATCH_RADIUS * search.sky.widths[0]
@@ -281,13 +281,13 @@ def _with_new(search: Search, sources: list[Source], new: Sequence[Candidate]) -
         distance = np.where(waiting, np.hypot(*(places - candidate.position).T), np.inf)
         if len(sources) and distance.min() < radius:
             number = int(distance.argmin())
-            sources[number] = Source(candidate, sources[number].row, True)
+            sources[number] = Entry(candidate, sources[number].row, True)
         else:
-            sources.append(Source(candidate, -1, True))
+            sources.append(Entry(candidate, -1, True))
     return sources
 
 
-def _fit(search: Search, sources: Sequence[Source], before: Fit | None) -> Fit:
+def _fit(search: Search, sources: Sequence[Entry], before: Fit | None) -> Fit:
     """Return models of the sources; the fluxes of those before are where the search for new ones begins."""
     sky, frame = search.sky, search.frame
     positions = np.array([source.candidate.position for source in sources]).reshape(-1, 2)
@@ -308,7 +308,7 @@ def _fit(search: Search, sources: Sequence[Source], before: Fit | None) -> Fit:
     return Fit(shapes, images, fluxes, known, pulls, sky.coadded(pulls))
 
 
-def _recentered(search: Search, sources: Sequence[Source], fit: Fit) -> list[Source]:
+def _recentered(search: Search, sources: Sequence[Entry], fit: Fit) -> list[Entry]:
     """Return the sources, points moved to where the gradient that their models leave is zero.
 
     For a PSF of variance v, the displacement is the slope of the numerator over that of the source itself, times 2 v. It matters
@@ -330,7 +330,7 @@ def _recentered(search: Search, sources: Sequence[Source], fit: Fit) -> list[Sou
     return result
 
 
-def _known_of(sky: Sky, place: np.ndarray, shape: Shape) -> np.ndarray:
+def _known_of(sky: Sky, place: np.ndarray, shape: RingShape) -> np.ndarray:
     """Return about what each group of observations knows of the flux of a source, shape (group, channel)."""
     order = np.argsort(sky.sizes)
     sizes = order[sky.sizes[order] >= 0.7 * shape.radius(0.5) / HALF_LIGHT]
@@ -344,7 +344,7 @@ def _known_of(sky: Sky, place: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def _further(
-    search: Search, sources: Sequence[Source], fit: Fit, *, resolved_only: bool
+    search: Search, sources: Sequence[Entry], fit: Fit, *, resolved_only: bool
 ) -> tuple[list[Candidate], list[tuple[Candidate, int]]]:
     """Return new sources in what models leave, and clumps with the number of their host among sources and known ones."""
     sky = search.sky
@@ -417,7 +417,7 @@ def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detectio
     )
 
 
-def _own_significance(search: Search, source: Source, shape: Shape, flux: np.ndarray) -> tuple[float, float]:
+def _own_significance(search: Search, source: Entry, shape: RingShape, flux: np.ndarray) -> tuple[float, float]:
     """Return how significant the flux of a source is, its neighbours subtracted: in all, and in those that it was found in."""
     sky, layer = search.sky, search.layers[0]
     place = np.clip(np.rint(source.candidate.position).astype(int), 0, np.array(sky.shape) - 1)
@@ -431,7 +431,7 @@ def _own_significance(search: Search, source: Source, shape: Shape, flux: np.nda
     return result[0], result[1]
 
 
-def _doubled(sources: Sequence[Source], shapes: Sequence[Shape], significance: np.ndarray) -> np.ndarray:
+def _doubled(sources: Sequence[Entry], shapes: Sequence[RingShape], significance: np.ndarray) -> np.ndarray:
     """Return which sources are well inside a more significant one that is as wide: parts of one thing."""
     positions = np.array([source.candidate.position for source in sources]).reshape(-1, 2)
     radii = np.array([shape.radius(0.5) for shape in shapes])

@@ -17,6 +17,7 @@ from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
+from scenefit.survey.detect import detect
 from scenefit.survey.envelopes import (
     MAX_ENTRIES,
     RING_SIGMAS,
@@ -62,8 +63,8 @@ def initialize(
     ----------
     frame : Frame
     observations : sequence of Observation
-    catalog : SkyCoord or array, shape (n, 2)
-        Positions on the sky, or (y, x) on the frame.
+    catalog : SkyCoord or array, shape (n, 2), optional
+        Positions on the sky, or (y, x) on the frame. Without them, sources are detected (`detect`).
     model : "auto", "pixel", "gaussian" or "point"
         What every source is made of: what the sharpest image asks for (`scenefit.survey.families`: points, disks with clumps,
         disks with bulges); free non-negative pixels; an elliptical Gaussian; a point.
@@ -76,16 +77,21 @@ def initialize(
     -------
     Scene
         Sources are named "0", "1", ... by their place in the catalogue. Those outside the frame are left out, with a
-        warning.
+        warning. If nothing is detected it has no sources, with a warning.
 
     Raises
     ------
     ValueError
-        If there is no catalogue, it has NaN positions, or none of its sources lies in the frame.
+        If the catalogue is empty, has NaN positions, or none of its sources lies in the frame.
     """
     observations = [observations] if isinstance(observations, Observation) else list(observations)
     if model not in MODELS:
         raise ValueError(f"model is one of {', '.join(map(repr, MODELS))}; got {model!r}.")
+    if catalog is None:
+        catalog = detect(observations, frame, progress=progress).positions
+        if not len(catalog):
+            warnings.warn("No source was detected: the scene is empty.", stacklevel=2)
+            return Scene(frame, {})
     centers, names = _centers(frame, catalog)
     sharpest = min(observations, key=_sky_sigma)
     image, noise = detection_image(frame, sharpest)
@@ -106,8 +112,6 @@ def initialize(
 
 def _centers(frame, catalog):
     """Return positions (n, 2) on the frame and names of the catalogue sources inside it."""
-    if catalog is None:
-        raise ValueError("initialize() wants catalog=: a SkyCoord or an array of positions (y, x), one per source.")
     positions = np.atleast_2d(frame.to_pixel(catalog))
     if len(positions) == 0:
         raise ValueError("The catalogue is empty: nothing to fit.")

@@ -34,13 +34,14 @@ def catalog_centers(
     if catalog is None:
         return np.zeros((0, 2)), []
     if isinstance(catalog, Table):
-        names = {name.lower(): name for name in catalog.colnames}
+        columns = Table(catalog).colnames
+        names = {name.lower(): name for name in columns}
         if not {"ra", "dec"} <= names.keys():
-            raise ValueError(f"catalog= wants a table with columns RA and DEC; got {catalog.colnames}.")
-        columns = [np.ma.filled(u.Quantity(catalog[names[n]], u.deg).value, np.nan) for n in ("ra", "dec")]
+            raise ValueError(f"catalog= wants a table with columns RA and DEC; got {columns}.")
+        angles = [np.ma.filled(u.Quantity(catalog[names[n]], u.deg).value, np.nan) for n in ("ra", "dec")]
         positions = np.full((len(catalog), 2), np.nan)
-        finite = np.isfinite(columns).all(axis=0)
-        positions[finite] = frame.to_pixel(SkyCoord(*(column[finite] for column in columns), unit=u.deg))
+        finite = np.isfinite(angles).all(axis=0)
+        positions[finite] = frame.to_pixel(SkyCoord(*(column[finite] for column in angles), unit=u.deg))
     else:
         positions = np.reshape(frame.to_pixel(catalog), (-1, 2))
     if bad := [int(n) for n in np.flatnonzero(~np.isfinite(positions).all(axis=1))]:

@@ -17,12 +17,12 @@ from scenefit.survey.significance import Sky
 
 STAMP_LIGHT, RING_EXTENT = 0.99, 4.0
 """A model ends where it holds this fraction of the light of its rings, or at so many standard deviations of the widest."""
-MAX_STEPS, TOLERANCE = 12, 0.1
+MAX_STEPS, TOLERANCE = 12, 0.3
 """Conjugate gradient steps for the fluxes, and the part of the gradient, in standard deviations, at which they end."""
 
 
-class Shape(NamedTuple):
-    """Rings of one ellipticity: standard deviations, in pixels, and shares in the flux; a point is a ring without width."""
+class RingShape(NamedTuple):
+    """RingShape of one ellipticity: standard deviations, in pixels, and shares in the flux; a point is a ring without width."""
 
     sigmas: np.ndarray
     weights: np.ndarray
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
         return float(np.interp(fraction, growth, radius))
 
     @classmethod
-    def point(cls) -> Shape:
+    def point(cls) -> RingShape:
         """Return a point."""
         return cls(np.zeros(1), np.ones(1), np.zeros(2))
 
@@ -58,7 +58,7 @@ def sharp_image(frame: Frame, observations: Sequence[Observation], widths: np.nd
 
 def fit_shapes(
     image: np.ndarray, psf_sigma: float, positions: np.ndarray, sizes: np.ndarray, is_compact: np.ndarray
-) -> list[Shape]:
+) -> list[RingShape]:
     """Return the shapes of sources on the sharpest image; where that has no data, Gaussians of the sizes they were found with."""
     nearest = np.clip(np.rint(positions).astype(int), 0, np.array(image.shape) - 1)
     is_seen = np.isfinite(image)[tuple(nearest.T)] if len(positions) else np.zeros(0, bool)
@@ -66,17 +66,17 @@ def fit_shapes(
     for number in np.flatnonzero(~is_seen):
         box = Box.around(tuple(positions[number]), int(np.ceil(4 * psf_sigma))).intersection(Box(image.shape))
         is_seen[number] = np.isfinite(image[box.slices]).any()
-    result = [Shape(np.array([size]), np.ones(1), np.zeros(2)) for size in sizes]
+    result = [RingShape(np.array([size]), np.ones(1), np.zeros(2)) for size in sizes]
     if is_seen.any():
         scale = float(np.nanmax(np.abs(image))) or 1.0
         amplitudes, ellipticities = fit_rings(image / scale, positions[is_seen], psf_sigma)
         for number, row, ellipticity in zip(np.flatnonzero(is_seen), amplitudes, ellipticities, strict=True):
             used = row > 0
-            result[number] = Shape(RING_SIGMAS[used], row[used] / row.sum(), ellipticity)
-    return [Shape.point() if compact else shape for compact, shape in zip(is_compact, result, strict=True)]
+            result[number] = RingShape(RING_SIGMAS[used], row[used] / row.sum(), ellipticity)
+    return [RingShape.point() if compact else shape for compact, shape in zip(is_compact, result, strict=True)]
 
 
-def templates(frame: Frame, positions: np.ndarray, shapes: Sequence[Shape]) -> scipy.sparse.csr_matrix:
+def templates(frame: Frame, positions: np.ndarray, shapes: Sequence[RingShape]) -> scipy.sparse.csr_matrix:
     """Return images of unit flux on the frame, with its PSF, one a row."""
     psf_sigma = float(frame.psf.effective_sigma[0])
     whole = Box(frame.box.shape)
@@ -99,7 +99,7 @@ def templates(frame: Frame, positions: np.ndarray, shapes: Sequence[Shape]) -> s
     )
 
 
-def _rings(y, x, shape: Shape, psf_sigma: float) -> np.ndarray:
+def _rings(y, x, shape: RingShape, psf_sigma: float) -> np.ndarray:
     """Return the rings at offsets from the center, of unit flux."""
     e1, e2 = shape.ellipticity
     image = np.zeros(np.broadcast_shapes(y.shape, x.shape))
