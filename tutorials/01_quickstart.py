@@ -37,7 +37,7 @@ def main():
     print(f'model frame: {frame.shape} (channel, y, x), {frame.pixel_scale:.3f}" a pixel')
 
     # The start: one source of free non-negative pixels at each position, shaped after the sharpest image.
-    scene = sf.initialize(frame, observations, positions)
+    scene = sf.initialize(frame, observations, positions, model="pixel")
 
     # Fluxes and pixels are free by default. The HSC image may also be displaced; the HST image stays as the anchor.
     parameters = sf.Parameters.default(scene, observations).free("observations.HSC.astrometry.shift")

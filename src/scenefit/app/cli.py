@@ -42,7 +42,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 @app.command()
 def demo(out: Out = Path("scenefit_demo"), overwrite: Overwrite = False, quiet: Quiet = False):
     """Fit the packaged field: a simulated blend seen by HST and HSC."""
-    _fit(Settings(input=datasets.load("demo").path, free_shift=("HSC",)), out, overwrite, quiet)
+    _fit(Settings(input=datasets.load("demo").path, model="pixel", free_shift=("HSC",)), out, overwrite, quiet)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from scipy import ndimage
 from scenefit.arrays.box import Box
 from scenefit.data.observation import Observation
 from scenefit.infer.fit import FitResult
-from scenefit.model.morphology import SersicMorphology
+from scenefit.model.morphology import SersicMorphology, parameter_values
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
 from scenefit.sky.frame import pixel_map
@@ -35,8 +35,9 @@ def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, 
     (obs,), scene = result.observations, result.scene
     view = _SharpView(obs, scene)
     core = float(obs.psf.effective_sigma.min())
-    hosts = {n: s for n, s in scene.sources.items() if isinstance(s.morphology, SersicMorphology)}
-    centers = np.array([source.center for source in scene.sources.values()])
+    sources = single_sources(scene)
+    hosts = {name: source for name, source in sources.items() if isinstance(source.morphology, SersicMorphology)}
+    centers = np.array([source.center for source in sources.values()])
     clumps = _Clumps([], np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0), np.ones(len(hosts)))
     for _ in range(CLUMP_ROUNDS if hosts else 0):
         smooth, threshold = _smoothed(view.rest(hosts, clumps), core)
@@ -62,6 +63,11 @@ def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, 
     return {name: _of_source(name, scene, hosts, clumps) for name in scene.sources}
 
 
+def single_sources(scene: Scene) -> dict[str, Source]:
+    """Return the sources of a scene of which each is one component."""
+    return {name: source for name, source in scene.sources.items() if isinstance(source, Source)}
+
+
 class _Clumps(NamedTuple):
     """Clumps so far: hosts, pixels (y, x) of the image, places on the frame, light; and the scales of all hosts' profiles."""
 
@@ -84,7 +90,7 @@ class _SharpView:
         weight = 1 / obs.noise.level() ** 2
         self.obs, self.scene, self.share = obs, scene, weight / weight.sum()
         self.seen = obs.compared.all(axis=0)
-        self.psf = _psf_image(obs, self.share)
+        self.psf, self.area = _psf_image(obs, self.share), Box((obs.shape[1], obs.shape[2]))
         self.data = self._mean(np.where(self.seen, obs.data - obs.render(scene), 0.0))
         self.profiles: dict[str, np.ndarray] = {}
 
@@ -101,7 +107,7 @@ class _SharpView:
     def point(self, pixel: np.ndarray) -> np.ndarray:
         """Return the image of a point of unit flux."""
         image, half = np.zeros(self.data.shape), self.psf.shape[0] // 2
-        box = Box.around(tuple(pixel), half - 1).intersection(Box(image.shape))
+        box = Box.around(tuple(pixel), half - 1).intersection(self.area)
         y, x = np.mgrid[box.slices]
         image[box.slices] = ndimage.map_coordinates(self.psf, [y - pixel[0] + half, x - pixel[1] + half], order=3)
         return image
@@ -141,7 +147,7 @@ def _of_source(name: str, scene: Scene, hosts, clumps: _Clumps) -> tuple[np.ndar
     own = np.array([host == name for host in clumps.hosts], bool)
     if not own.any():
         return np.zeros((0, 2)), np.zeros(0)
-    source = scene.sources[name]
+    source = single_sources(scene)[name]
     smooth = clumps.scales[list(hosts).index(name)] * float(np.mean(source.spectrum.flux))
     return clumps.places[own] - source.center, clumps.light[own] / (smooth + clumps.light[own].sum())
 
@@ -159,9 +165,10 @@ def _subpixel(image: np.ndarray, pixel: np.ndarray) -> np.ndarray:
 
 def _radii_away(source: Source, place: np.ndarray) -> float:
     """Return how far a place is from a source, in half-light radii of its ellipse."""
-    (y, x), (e1, e2) = place - source.center, source.morphology.ellipticity
+    shape = parameter_values(source.morphology)
+    (y, x), (e1, e2) = place - source.center, shape["ellipticity"]
     squared = ((1 + e1) * y**2 - 2 * e2 * x * y + (1 - e1) * x**2) / np.sqrt(1 - e1**2 - e2**2)
-    return float(np.sqrt(max(squared, 0.0)) / source.morphology.half_light_radius)
+    return float(np.sqrt(max(squared, 0.0)) / shape["half_light_radius"])
 
 
 def _smoothed(image: np.ndarray, core: float) -> tuple[np.ndarray, float]:

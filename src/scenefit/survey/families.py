@@ -11,11 +11,11 @@ from scenefit.arrays.profiles import SERSIC_RANGE
 from scenefit.data.observation import Observation
 from scenefit.infer.fit import fit
 from scenefit.model.clumpy import ClumpyMorphology
-from scenefit.model.morphology import PointMorphology, SersicMorphology
+from scenefit.model.morphology import PointMorphology, SersicMorphology, parameter_values
 from scenefit.model.scene import Scene
 from scenefit.model.source import AbstractSource, CompositeSource, Source
 from scenefit.sky.frame import Frame, pixel_scale_of
-from scenefit.survey.clumps import find_clumps
+from scenefit.survey.clumps import find_clumps, single_sources
 from scenefit.survey.envelopes import Envelope
 
 POINT_RADIUS = 0.75
@@ -84,7 +84,7 @@ def automatic_scene(
     result = fit(first, [sharpest], rtol=FIRST_TOLERANCE, max_steps=FIRST_STEPS, progress=progress)
     clumps = find_clumps(result, sigma)
     sources = {}
-    for (name, source), flux in zip(result.scene.sources.items(), fluxes, strict=True):
+    for (name, source), flux in zip(single_sources(result.scene).items(), fluxes, strict=True):
         significance = _significance(source, sharpest, frame, sigma)
         sources[name] = _family(source, flux, *clumps[name], significance)
     return Scene(frame, sources)
@@ -131,8 +131,8 @@ def _family(
     """Return what a source is made of, given its single profile, its clumps and its significance."""
     if not isinstance(source.morphology, SersicMorphology):
         return source.replace(spectrum=flux)
-    radius, index = float(source.morphology.half_light_radius), float(source.morphology.sersic_index)
-    ellipticity = np.asarray(source.morphology.ellipticity)
+    shape = parameter_values(source.morphology)
+    radius, index, ellipticity = float(shape["half_light_radius"]), float(shape["sersic_index"]), shape["ellipticity"]
     share = 0.0 if fractions.sum() > IRREGULAR else bulge_share(index, significance)
     size = (DISK_SIZE if share else 1.0) * radius
     spread = float(np.hypot(DISK_SPREAD, SIZE_ERROR / max(significance, 1e-3)))
