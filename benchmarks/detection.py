@@ -18,54 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 
 import astropy.units as u
 import numpy as np
+from _blends import add_blends, blends, pairs
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
-from scipy.optimize import linear_sum_assignment
 
 import scenefit as sf
 
 SIGMA, KERNEL = 0.010, np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
-RADIUS, SEPARATION, LEAST_SNR = 0.15, 0.3, 20.0
-
-
-def simulate(simulator: pathlib.Path, folder: pathlib.Path, seeds: range) -> list[pathlib.Path]:
-    """Draw blends."""
-    paths = []
-    for seed in seeds:
-        paths.append(folder / f"blend{seed}.fits")
-        options = [
-            "--seed",
-            seed,
-            "--sources",
-            4 + seed % 6,
-            "--size",
-            7.5,
-            "--correlated",
-            "--rotate",
-            23 * (seed % 2),
-        ]
-        command = [sys.executable, simulator, paths[-1], *options, "--offset", 0.03, -0.02]
-        subprocess.run([str(each) for each in command], check=True, stdout=subprocess.DEVNULL)
-    return paths
-
-
-def pairs(truth: SkyCoord, found: SkyCoord) -> np.ndarray:
-    """Return the number of the detection of each source, -1 for none."""
-    result = np.full(len(truth), -1)
-    if len(found):
-        distance = truth[:, None].separation(found[None, :]).arcsec
-        rows, columns = linear_sum_assignment(np.where(distance < RADIUS, distance, 1e3))
-        near = distance[rows, columns] < RADIUS
-        result[rows[near]] = columns[near]
-    return result
+SEPARATION, LEAST_SNR = 0.3, 20.0
 
 
 def measure(path: pathlib.Path, options: dict) -> dict:
@@ -119,10 +85,7 @@ def measure(path: pathlib.Path, options: dict) -> dict:
 def main():
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", type=pathlib.Path, help="files, or folders of files, of simulated blends")
-    parser.add_argument("--fields", type=int, default=20, help="blends to simulate if there are no files")
-    parser.add_argument("--simulator", type=pathlib.Path, help="script that draws them")
-    parser.add_argument("--first-seed", type=int, default=100, help="of the blends to simulate")
+    add_blends(parser)
     parser.add_argument("--iterate", type=int, default=2, help="looks at what models leave")
     parser.add_argument("--threshold", type=float, default=5.0, help="significance")
     parser.add_argument("--list", action="store_true", help="name what was missed and what is false")
@@ -131,13 +94,7 @@ def main():
     options = {"iterate": arguments.iterate, "threshold": arguments.threshold}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        paths = sorted(p for path in arguments.paths for p in (path.glob("*.fits") if path.is_dir() else [path]))
-        if not paths:
-            if arguments.simulator is None:
-                parser.error("give files of simulated blends, or --simulator")
-            seeds = range(arguments.first_seed, arguments.first_seed + arguments.fields)
-            paths = simulate(arguments.simulator, pathlib.Path(folder), seeds)
-        fields = [measure(path, options) for path in paths]
+        fields = [measure(path, options) for path in blends(parser, arguments, pathlib.Path(folder))]
     if arguments.list:
         for field in fields:
             print(

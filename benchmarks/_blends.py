@@ -1,0 +1,65 @@
+"""Simulated blends that several benchmarks take: files that exist, or drawn by a script."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from astropy.coordinates import SkyCoord
+from scipy.optimize import linear_sum_assignment
+
+RADIUS = 0.15
+"""Distance in arcsec within which a source is found."""
+
+
+def add_blends(parser: argparse.ArgumentParser):
+    """Add the options that say which blends to take."""
+    parser.add_argument("paths", nargs="*", type=pathlib.Path, help="files, or folders of files, of simulated blends")
+    parser.add_argument("--fields", type=int, default=20, help="blends to simulate if there are no files")
+    parser.add_argument("--simulator", type=pathlib.Path, help="script that draws them")
+    parser.add_argument("--first-seed", type=int, default=100, help="of the blends to simulate")
+
+
+def blends(parser: argparse.ArgumentParser, arguments: argparse.Namespace, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of the blends that the options name, drawn into a folder if they aren't there."""
+    paths = sorted(p for path in arguments.paths for p in (path.glob("*.fits") if path.is_dir() else [path]))
+    if paths:
+        return paths
+    if arguments.simulator is None:
+        parser.error("give files of simulated blends, or --simulator")
+    return simulate(arguments.simulator, folder, range(arguments.first_seed, arguments.first_seed + arguments.fields))
+
+
+def simulate(simulator: pathlib.Path, folder: pathlib.Path, seeds: range) -> list[pathlib.Path]:
+    """Draw blends."""
+    paths = []
+    for seed in seeds:
+        paths.append(folder / f"blend{seed}.fits")
+        options = [
+            "--seed",
+            seed,
+            "--sources",
+            4 + seed % 6,
+            "--size",
+            7.5,
+            "--correlated",
+            "--rotate",
+            23 * (seed % 2),
+        ]
+        command = [sys.executable, simulator, paths[-1], *options, "--offset", 0.03, -0.02]
+        subprocess.run([str(each) for each in command], check=True, stdout=subprocess.DEVNULL)
+    return paths
+
+
+def pairs(truth: SkyCoord, found: SkyCoord) -> np.ndarray:
+    """Return the number of the detection of each source, -1 for none."""
+    result = np.full(len(truth), -1)
+    if len(found):
+        distance = truth[:, None].separation(found[None, :]).arcsec
+        rows, columns = linear_sum_assignment(np.where(distance < RADIUS, distance, 1e3))
+        near = distance[rows, columns] < RADIUS
+        result[rows[near]] = columns[near]
+    return result
