@@ -94,3 +94,24 @@ def test_the_share_of_a_bulge():
     assert shares[0] > LEAST_SHARE
     assert bulge_share(8.0, bright) == pytest.approx(0.8, abs=1e-3)
     assert [bulge_share(index, faint) for index in (1.0, 8.0)] == pytest.approx([TYPICAL_SHARE] * 2, abs=1e-2)
+
+
+def test_without_data_in_the_sharpest_image(observation):
+    """A profile of any size, whatever the image looks like where it isn't known."""
+    hidden = np.zeros(SHAPE, bool)
+    hidden[70:] = True
+    masked = Observation(
+        np.where(hidden, np.nan, observation.data[0]),
+        sigma=SIGMA,
+        psf=observation.psf,
+        channels="i",
+        name="HST",
+        mask=hidden,
+    )
+    scene = initialize(Frame(SHAPE, channels="i"), masked, np.array(list(CENTERS.values())), progress=False)
+    star, disk, bulge, clumpy = scene.sources.values()
+    assert isinstance(star.morphology, PointMorphology)
+    assert "morphology.half_light_radius" in disk.priors
+    for source in (bulge, clumpy):
+        assert isinstance(source.morphology, SersicMorphology)
+        assert "morphology.half_light_radius" not in source.priors

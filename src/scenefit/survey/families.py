@@ -14,12 +14,14 @@ from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.morphology import PointMorphology, SersicMorphology, parameter_values
 from scenefit.model.scene import Scene
 from scenefit.model.source import AbstractSource, CompositeSource, Source
-from scenefit.sky.frame import Frame, pixel_scale_of
+from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
 from scenefit.survey.clumps import find_clumps, single_sources
 from scenefit.survey.envelopes import Envelope
 
 POINT_RADIUS = 0.75
 """A source of a smaller half-light radius, in widths of the sharpest PSF, is taken for a point."""
+UNSEEN_RADIUS = 4.0
+"""First half-light radius, in widths of the sharpest PSF, where that image has no data."""
 SINGLE_INDEX, SINGLE_SIZE = (1.5, 0.8), 0.4
 """Sersic index of the first, single profiles: mean and standard deviation of the prior; width of that of the logarithm of the
 radius."""
@@ -79,15 +81,26 @@ def automatic_scene(
     sigma = _sharpest_sigma(frame, sharpest)
     single = Frame(frame.box.shape, channels=sharpest.channels, wcs=frame.wcs, psf=frame.psf, padding=frame.padding)
     shown = list(frame.channel_index(sharpest.channels))
-    pairs = zip(envelopes.items(), fluxes, strict=True)
-    first = Scene(single, {name: _single(envelope, flux[shown], sigma) for (name, envelope), flux in pairs})
+    flux_of = dict(zip(envelopes, fluxes, strict=True))
+    seen = {name: envelope for name, envelope in envelopes.items() if _is_seen(frame, sharpest, envelope.center)}
+    first = Scene(single, {name: _single(each, flux_of[name][shown], sigma) for name, each in seen.items()})
     result = fit(first, [sharpest], rtol=FIRST_TOLERANCE, max_steps=FIRST_STEPS, progress=progress)
     clumps = find_clumps(result, sigma)
-    sources = {}
-    for (name, source), flux in zip(single_sources(result.scene).items(), fluxes, strict=True):
+    # A profile of any size where the sharpest image says nothing.
+    sources: dict[str, AbstractSource] = {
+        name: _profile(envelope, flux_of[name], UNSEEN_RADIUS * sigma, np.inf) for name, envelope in envelopes.items()
+    }
+    for name, source in single_sources(result.scene).items():
         significance = _significance(source, sharpest, frame, sigma)
-        sources[name] = _family(source, flux, *clumps[name], significance)
+        sources[name] = _family(source, flux_of[name], *clumps[name], significance)
     return Scene(frame, sources)
+
+
+def _is_seen(frame: Frame, obs: Observation, center: np.ndarray) -> bool:
+    """Return whether an observation has a pixel with information at a position on the frame."""
+    place = np.rint(pixel_map(frame.wcs, obs.wcs, center[0], center[1])).astype(int)
+    inside = (place >= 0).all() and (place < obs.shape[1:]).all()
+    return bool(inside and obs.noise.valid[:, place[0], place[1]].any())
 
 
 def _sharpest_sigma(frame: Frame, obs: Observation) -> float:
@@ -101,14 +114,19 @@ def _single(envelope: Envelope, flux: np.ndarray, sigma: float) -> Source:
     radius = envelope.radius(0.5)
     if radius < POINT_RADIUS * sigma:
         return Source(envelope.center, flux, PointMorphology())
+    return _profile(envelope, flux, radius, SINGLE_SIZE)
+
+
+def _profile(envelope: Envelope, flux: np.ndarray, radius: float, spread: float) -> Source:
+    """Return a single profile that starts with a radius."""
     morphology = SersicMorphology(radius, SINGLE_INDEX[0], envelope.ellipticity)
-    return Source(envelope.center, flux, morphology, _shape_priors(radius, SINGLE_SIZE, SINGLE_INDEX))
+    return Source(envelope.center, flux, morphology, _shape_priors(radius, spread, SINGLE_INDEX))
 
 
 def _shape_priors(radius: float, spread: float, index: tuple[float, float]) -> dict[str, dist.Distribution]:
-    """Return the priors of the shape of a Sersic profile."""
-    return {
-        "morphology.half_light_radius": dist.LogNormal(np.log(radius), spread),
+    """Return the priors of the shape of a Sersic profile; none of the radius if that may be anything."""
+    size = {"morphology.half_light_radius": dist.LogNormal(np.log(radius), spread)} if np.isfinite(spread) else {}
+    return size | {
         "morphology.sersic_index": dist.TruncatedNormal(*index, low=SERSIC_RANGE[0], high=SERSIC_RANGE[1]),
         "morphology.ellipticity": dist.Normal(0.0, ELLIPTICITY_SCATTER),
     }
