@@ -8,8 +8,8 @@ Every file holds images of a space and a ground camera as `sf.read_observations`
 does it: noise measured where it is correlated, families chosen, offset of the ground camera fitted. With `--detect` the positions
 are not given.
 
-The limit is a linear fit of fluxes with the true images of all sources: the error that is left if every shape is known. A source
-is isolated if less than 5 % of what the ground camera sees within its own light (weighted with it, in i) is others'.
+The limit is a linear fit of fluxes with the true images of all sources: the error that is left if every shape is known. The
+isolated half of all sources is that with the least light of others within their own (weighted with it, in i of the ground camera).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from astropy.table import Table
 import scenefit as sf
 
 CHANNELS = ("F814W", "g", "r", "i", "z", "y")
-OUTLIER, ISOLATED = 0.5, 0.05
+OUTLIER = 0.5
 
 
 def spread(values) -> float:
@@ -41,7 +41,7 @@ def spread(values) -> float:
 
 
 def limit(hdus, truth) -> tuple[np.ndarray, np.ndarray]:
-    """Return magnitude errors of fluxes fitted with the true images, and which sources are isolated."""
+    """Return magnitude errors of fluxes fitted with the true images, and the light of others over each source's own."""
     errors = np.full((len(truth), len(CHANNELS)), np.nan)
     for number, channel in enumerate(CHANNELS):
         name, plane = ("HST", np.s_[:]) if number == 0 else ("HSC", np.s_[:, number - 1])
@@ -55,14 +55,14 @@ def limit(hdus, truth) -> tuple[np.ndarray, np.ndarray]:
         errors[:, number] = -2.5 * np.log10(np.maximum(flux / truth[f"flux_{channel}"], 1e-9))
     own = hdus["SRC_HSC"].data[:, CHANNELS.index("i") - 1].astype(float)
     others = own.sum(axis=0) - own
-    return errors, (own * others).sum(axis=(1, 2)) / (own**2).sum(axis=(1, 2)) < ISOLATED
+    return errors, (own * others).sum(axis=(1, 2)) / (own**2).sum(axis=(1, 2))
 
 
 def measure(path: pathlib.Path, detect: bool) -> dict:
     """Fit one field and compare with the truth; NaN for sources that weren't found."""
     with fits.open(path) as hdus:
         truth = Table(hdus["TRUTH"].data)
-        limits, isolated = limit(hdus, truth)
+        limits, overlap = limit(hdus, truth)
     start = time.perf_counter()
     observations = [sf.CorrelatedObservation.if_correlated(o, progress=False) for o in sf.read_observations(path)]
     frame = sf.Frame.from_observations(observations)
@@ -90,7 +90,7 @@ def measure(path: pathlib.Path, detect: bool) -> dict:
         "error": error,
         "sigma": sigma,
         "limit": limits,
-        "isolated": isolated,
+        "overlap": overlap,
         "false": len(table) - int(found.sum()),
     }
 
@@ -117,7 +117,8 @@ def main():
                 for kind, magnitude, row in zip(field["kinds"], field["magnitudes"], field["error"], strict=True):
                     print(f"  {kind:7s} {magnitude:5.2f} " + " ".join(f"{value:+.3f}" for value in row))
     error, sigma, limits = (np.concatenate([field[key] for field in fields]) for key in ("error", "sigma", "limit"))
-    isolated = np.concatenate([field["isolated"] for field in fields])
+    overlap = np.concatenate([field["overlap"] for field in fields])
+    isolated = overlap <= np.median(overlap)
     figures = {
         "fields": len(fields),
         "sources": len(error),
@@ -149,7 +150,7 @@ def main():
     print(
         f"g - i: MAD sigma {figures['g_i']['mad_sigma']:.4f} (limit {figures['g_i']['limit']:.4f}); {figures['found']} of "
         f"{figures['sources']} sources, {figures['false']} false; {figures['seconds']:.1f} s a field, the first "
-        f"{figures['first_seconds']:.1f} s; {figures['not_converged']} not converged; {int(isolated.sum())} isolated"
+        f"{figures['first_seconds']:.1f} s; {figures['not_converged']} not converged"
     )
     if arguments.json:
         print(json.dumps(figures))
