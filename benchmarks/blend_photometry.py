@@ -9,7 +9,7 @@ does it: noise measured where it is correlated, families chosen, offset of the g
 are not given.
 
 The limit is a linear fit of fluxes with the true images of all sources: the error that is left if every shape is known. The
-isolated half of all sources is that with the least light of others within their own (weighted with it, in i of the ground camera).
+isolated half of all sources is that with the least light of others within their own (weighted with it, in i from the ground).
 """
 
 from __future__ import annotations
