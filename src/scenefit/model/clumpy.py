@@ -26,12 +26,12 @@ class ClumpyMorphology(AbstractMorphology):
     offsets : array, shape (clump, 2)
         Positions (y, x) of the clumps relative to the center, in model pixels; not fitted.
     fractions : array, shape (clump,), or link
-        Share of each clump in the flux; the smooth light has the rest.
+        Share of each clump in the flux; the smooth light has the rest. If they sum to more than 1 they are scaled to that.
 
     Raises
     ------
     ValueError
-        If offsets aren't finite pairs, or shares are negative or sum to 1 or more.
+        If offsets aren't finite pairs, or shares are negative.
     """
 
     half_light_radius: np.ndarray | Array | AbstractLink
@@ -49,18 +49,16 @@ class ClumpyMorphology(AbstractMorphology):
         if self.offsets.ndim != 2 or self.offsets.shape[1] != 2 or not np.isfinite(self.offsets).all():
             raise ValueError(f"ClumpyMorphology wants finite offsets (y, x), shape (clump, 2); got {offsets}.")
         self.fractions = as_parameter(fractions, (len(self.offsets),))
-        if not isinstance(self.fractions, AbstractLink) and not (
-            self.fractions.min(initial=0.0) >= 0 and self.fractions.sum() < 1
-        ):
-            raise ValueError(f"The fractions of clumps are not negative and sum to less than 1; got {fractions}.")
+        if not isinstance(self.fractions, AbstractLink) and not (self.fractions >= 0).all():
+            raise ValueError(f"The fractions of clumps aren't negative; got {fractions}.")
 
     def padded(self, count: int) -> ClumpyMorphology:
         """Return the same light with so many clumps: those that are added have none."""
         room = count - len(self.offsets)
-        fractions = np.pad(np.asarray(self.fractions, dtype=float), (0, room))
-        return eqx.tree_at(
-            lambda m: (m.offsets, m.fractions), self, (np.pad(np.asarray(self.offsets), ((0, room), (0, 0))), fractions)
-        )
+        fractions = np.asarray(self.fractions, dtype=float)
+        fractions = np.pad(fractions, [(0, 0)] * (fractions.ndim - 1) + [(0, room)])
+        offsets = np.pad(np.asarray(self.offsets), ((0, room), (0, 0)))
+        return eqx.tree_at(lambda m: (m.offsets, m.fractions), self, (offsets, fractions))
 
     def _smooth(self) -> SersicMorphology:
         """Return the light between the clumps."""
@@ -68,6 +66,7 @@ class ClumpyMorphology(AbstractMorphology):
 
     def evaluate(self, y, x, psf_sigma):  # noqa: D102
         fractions = jnp.asarray(self.fractions)
+        fractions = fractions / jnp.maximum(jnp.sum(fractions), 1.0)
         clumps = profiles.evaluate_points(y, x, self.offsets, fractions, psf_sigma)
         return (1 - jnp.sum(fractions)) * self._smooth().evaluate(y, x, psf_sigma) + clumps
 
