@@ -70,6 +70,7 @@ ORDER = {
         "sample",
     ],
     "survey": [
+        "envelopes",
         "flags",
         "columns",
         "measure",
@@ -86,7 +87,6 @@ ORDER = {
         "stars",
         "catalog",
         "forced",
-        "envelopes",
         "clumps",
         "families",
         "significance",

@@ -9,7 +9,7 @@ from astropy.table import Table
 
 from scenefit.data.correlated import CorrelatedNoise
 from scenefit.data.observation import Observation
-from scenefit.infer.matched import camera, flux_units, information, pulled, smoothed
+from scenefit.infer.matched import camera, channel_units, information, pulled, smoothed
 from scenefit.model.morphology import GaussianMorphology
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
@@ -90,7 +90,7 @@ def test_information_is_that_of_the_rendered_column(rotation):
     weights[0, 30:33, 40:42] = 0
     observations[0] = eqx.tree_at(lambda o: o.noise.weights, observations[0], weights)
     observations = [obs.match(frame) for obs in observations]
-    unit = flux_units(frame, observations)
+    unit = channel_units(frame, observations)
     cameras = tuple(camera(frame, obs, np.zeros(obs.shape), unit) for obs in observations)
     sizes = jax.numpy.array([0.0, 2.0])
     canvas = (2, *frame.fft_shape)
@@ -112,7 +112,7 @@ def test_information_is_that_of_the_rendered_column(rotation):
 def test_numerators_are_products_with_the_rendered_column(key):
     frame, observations = fields([], rotation=20.0, correlated=True)
     observations = [obs.match(frame) for obs in observations]
-    unit = flux_units(frame, observations)
+    unit = channel_units(frame, observations)
     residuals = [np.asarray(obs.noise.sample(key), float) for obs in observations]
     cameras = tuple(camera(frame, obs, r, unit) for obs, r in zip(observations, residuals, strict=True))
     ky, kx = np.fft.fftfreq(frame.fft_shape[0]), np.fft.rfftfreq(frame.fft_shape[1])

@@ -279,7 +279,11 @@ def torus_power(function: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.fft.fft2(image).real
 
 
-def power_at(function: np.ndarray, frequency_y: np.ndarray, frequency_x: np.ndarray) -> np.ndarray:
+LEAST_POWER = 1e-3
+"""Power that a mode is taken to have at least, in units of the largest, where it is divided by."""
+
+
+def power_at(function: np.ndarray, frequency_y: np.ndarray, frequency_x: np.ndarray, least: float = 0.0) -> np.ndarray:
     """Return the power spectrum of a correlation function at any frequencies, in units of that of independent pixels.
 
     Parameters
@@ -287,6 +291,8 @@ def power_at(function: np.ndarray, frequency_y: np.ndarray, frequency_x: np.ndar
     function : array, shape (channel, 2 R + 1, 2 R + 1)
     frequency_y, frequency_x : arrays of one shape
         Cycles per pixel.
+    least : float
+        Power that is returned at least, in units of the largest.
 
     Returns
     -------
@@ -296,7 +302,8 @@ def power_at(function: np.ndarray, frequency_y: np.ndarray, frequency_x: np.ndar
     size = FINENESS * max(function.shape[1:])
     places = [size * np.asarray(each) for each in (frequency_y, frequency_x)]
     planes = torus_power(function, (size, size))
-    return np.stack([ndimage.map_coordinates(plane, places, order=1, mode="grid-wrap") for plane in planes])
+    power = np.stack([ndimage.map_coordinates(plane, places, order=1, mode="grid-wrap") for plane in planes])
+    return np.maximum(power, least * power.max(axis=tuple(range(1, power.ndim)), keepdims=True))
 
 
 def _trimmed(function: np.ndarray) -> np.ndarray:

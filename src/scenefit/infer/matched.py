@@ -25,15 +25,12 @@ from jaxtyping import Array, Complex, Float
 from scenefit.arrays import fourier
 from scenefit.arrays.compilation import as_booleans, as_complexes, as_floats, compiled
 from scenefit.data.abstractnoise import AbstractNoise
-from scenefit.data.correlation import power_at
+from scenefit.data.correlation import LEAST_POWER, power_at
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import Renderer, transform_model
 from scenefit.data.sampling import GridSampling, NonuniformSampling, SeparableSampling, TurningSampling
 from scenefit.sky.frame import Frame, pixel_map
 from scenefit.sky.psf import mapped_frequencies
-
-LEAST_POWER = 1e-3
-"""Power of correlated noise that a mode has at least, in units of the largest."""
 
 
 class Camera(eqx.Module):
@@ -68,7 +65,7 @@ class Camera(eqx.Module):
     factor: Complex[Array, "..."]
 
 
-def flux_units(frame: Frame, observations: Sequence[Observation]) -> np.ndarray:
+def channel_units(frame: Frame, observations: Sequence[Observation]) -> np.ndarray:
     """Return the flux unit of each channel of the frame: the lowest noise level of the observations that show it."""
     unit = np.full(len(frame.channels), np.inf)
     for obs in observations:
@@ -105,8 +102,7 @@ def camera(frame: Frame, obs: Observation, residual: np.ndarray, unit: np.ndarra
     if variance.any():
         response = response * np.exp(-2 * np.pi**2 * variance[:, None, None] * (qy**2 + qx**2))
     if correlation is not None:
-        power = power_at(correlation, qy, qx)
-        response = response / np.sqrt(np.maximum(power, LEAST_POWER * power.max(axis=(1, 2), keepdims=True)))
+        response = response / np.sqrt(power_at(correlation, qy, qx, LEAST_POWER))
     return Camera(
         renderer=eqx.tree_at(lambda r: r.inside, renderer, as_booleans(renderer.inside)),
         residual=as_floats(residual[(slice(None), *window)] / level[:, None, None]),

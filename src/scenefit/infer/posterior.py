@@ -15,10 +15,11 @@ from numpyro.distributions import constraints
 from scenefit.arrays.compilation import as_booleans, as_complexes, as_floats, as_integers, compiled
 from scenefit.arrays.stamps import bucket_count
 from scenefit.data.abstractnoise import AbstractNoise
-from scenefit.data.correlation import power_at
+from scenefit.data.correlation import LEAST_POWER, power_at
 from scenefit.data.nuisances import LARGEST_ROTATION, NUISANCES
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import Renderer
+from scenefit.infer.matched import channel_units
 from scenefit.infer.problem import Image, Leaf, Prewhitened, Priors, Problem, State, unconstrained
 from scenefit.model.morphology import AbstractImageMorphology, parameter_values, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
@@ -66,7 +67,9 @@ def build(
     frame, parameters = scene.frame, parameters.completed(observations)
     observations, parameters = _able_to_turn(observations, parameters)
     levels = [obs.noise.level() for obs in observations]
-    unit = _flux_unit(frame, observations, levels)
+    if loose := [obs.name for obs in observations if obs.renderer is None]:
+        raise ValueError(f"{loose[0]} isn't matched to the frame: use obs.match(frame).")
+    unit = channel_units(frame, observations)
     components = list(scene.components())
     stacks, members = pack(frame, components, unit, whole_frame=whole_frame, roomy=roomy)
     images = [_as_image(obs, level, unit, parameters) for obs, level in zip(observations, levels, strict=True)]
@@ -227,18 +230,6 @@ def _replace_components(source, path, fitted):
     return source.with_parts(parts)
 
 
-def _flux_unit(frame, observations, levels) -> np.ndarray:
-    """Return the flux unit of each model channel: the lowest noise level among the observations that show it."""
-    unit = np.full(len(frame.channels), np.inf)
-    for obs, level in zip(observations, levels, strict=True):
-        if obs.renderer is None:
-            raise ValueError(f"{obs.name} isn't matched to the frame: use obs.match(frame).")
-        has_data = obs.noise.valid.any(axis=(1, 2))
-        for channel, value, seen in zip(obs.matched_renderer.channels, level, has_data, strict=True):
-            unit[channel] = min(unit[channel], value if seen else np.inf)
-    return np.where(np.isfinite(unit), unit, 1.0)
-
-
 def _data_unit(path, value, level):
     """Return the unit of a nuisance's values, per channel, in which the problem has them."""
     return np.reshape(level, (-1, *[1] * (value.ndim - 1))) if NUISANCES[path].scales_with_data else 1.0
@@ -273,17 +264,12 @@ def _prewhitened(renderer: Renderer, independent: AbstractNoise, correlation: np
     """Return what stands for correlated noise in quick curvatures."""
     (yy, yx), (xy, xx) = np.asarray(renderer.affine, dtype=float)
     ky, kx = np.asarray(renderer.ky, dtype=float)[:, None], np.asarray(renderer.kx, dtype=float)
-    power = power_at(correlation, yy * ky + xy * kx, yx * ky + xx * kx)
-    power = np.maximum(power, LEAST_POWER * power.max(axis=(1, 2), keepdims=True))
+    power = power_at(correlation, yy * ky + xy * kx, yx * ky + xx * kx, LEAST_POWER)
     return Prewhitened(
         as_complexes(np.asarray(renderer.transfer) / np.sqrt(power)),
         as_floats(1 / np.sqrt(power[:, 0, 0])),
         independent.on_device(),
     )
-
-
-LEAST_POWER = 1e-3
-"""Power of correlated noise that a mode has at least, in units of the largest."""
 
 
 TURN, AT_LIMIT = "astrometry.rotation", 0.999

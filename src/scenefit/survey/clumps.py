@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 from scipy import ndimage
 
 from scenefit.arrays.box import Box
+from scenefit.arrays.peaks import find_peaks, refine_peak
 from scenefit.data.observation import Observation
 from scenefit.infer.fit import FitResult
 from scenefit.model.morphology import SersicMorphology, parameter_values
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
 from scenefit.sky.frame import pixel_map
+from scenefit.survey.envelopes import columns, psf_image, solve_nonnegative
 
 CLUMP_ROUNDS, CLUMP_SIGNIFICANCE = 3, 4.0
 """How often clumps are looked for, and the least significance of their peaks."""
 CLUMP_REACH, CLUMP_GAP = 4.0, 1.5
 """Half-light radii of its host up to which a clump belongs to it, and widths of the PSF that it is away from all centers."""
-MAX_CLUMPS = 8
-"""Clumps of a source at most."""
+MAX_CLUMPS, SOLVE_STEPS = 8, 200
+"""Clumps of a source at most; accelerated gradient steps for their light where there are many."""
 
 
 def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -41,11 +42,9 @@ def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, 
     clumps = _Clumps([], np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0), np.ones(len(hosts)))
     for _ in range(CLUMP_ROUNDS if hosts else 0):
         smooth, threshold = _smoothed(view.rest(hosts, clumps), core)
-        peaks = np.argwhere((smooth == ndimage.maximum_filter(smooth, 3)) & (smooth > threshold))
+        peaks = np.array([refine_peak(smooth, (y, x)) for y, x in find_peaks(smooth, threshold).tolist()])
         if not len(peaks):
             break
-        peaks = peaks[np.argsort(-smooth[tuple(peaks.T)])]
-        peaks = peaks + np.array([_subpixel(smooth, peak) for peak in peaks])
         places = pixel_map(obs.wcs, scene.frame.wcs, peaks[:, 0], peaks[:, 1])
         before = len(clumps.hosts)
         for pixel, place in zip(peaks, places, strict=True):
@@ -90,7 +89,7 @@ class _SharpView:
         weight = 1 / obs.noise.level() ** 2
         self.obs, self.scene, self.share = obs, scene, weight / weight.sum()
         self.seen = obs.compared.all(axis=0)
-        self.psf, self.area = _psf_image(obs, self.share), Box((obs.shape[1], obs.shape[2]))
+        self.psf, self.area = psf_image(obs, np.eye(2)), Box((obs.shape[1], obs.shape[2]))
         self.data = self._mean(np.where(self.seen, obs.data - obs.render(scene), 0.0))
         self.profiles: dict[str, np.ndarray] = {}
 
@@ -104,13 +103,12 @@ class _SharpView:
             self.profiles[name] = self._mean(alone)
         return self.profiles[name]
 
-    def point(self, pixel: np.ndarray) -> np.ndarray:
-        """Return the image of a point of unit flux."""
-        image, half = np.zeros(self.data.shape), self.psf.shape[0] // 2
+    def point(self, pixel: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
+        """Return the window of a point of unit flux, and its image there."""
+        half = self.psf.shape[0] // 2
         box = Box.around(tuple(pixel), half - 1).intersection(self.area)
         y, x = np.mgrid[box.slices]
-        image[box.slices] = ndimage.map_coordinates(self.psf, [y - pixel[0] + half, x - pixel[1] + half], order=3)
-        return image
+        return box.slices, ndimage.map_coordinates(self.psf, [y - pixel[0] + half, x - pixel[1] + half], order=3)
 
     def rest(self, hosts, clumps: _Clumps) -> np.ndarray:
         """Return what profiles and clumps leave of the data; NaN where there are none."""
@@ -119,22 +117,19 @@ class _SharpView:
             if scale != 1:
                 rest += (1 - scale) * self.profile(name)
         for pixel, light in zip(clumps.pixels, clumps.light, strict=True):
-            rest -= light * self.point(pixel)
+            window, image = self.point(pixel)
+            rest[window] -= light * image
         return np.where(self.seen, rest, np.nan)
 
     def solved(self, hosts, clumps: _Clumps) -> _Clumps:
         """Return the clumps that have light, with what fits best, and the scales of their hosts' profiles."""
         names = list(hosts)
         used = [n for n, name in enumerate(names) if name in clumps.hosts]
-        design = np.stack(
-            [self.profile(names[n])[self.seen] for n in used]
-            + [self.point(pixel)[self.seen] for pixel in clumps.pixels]
-        )
-        data = self.data[self.seen] + design[: len(used)].sum(axis=0)
-        gram = design @ design.T
-        gram[np.diag_indices_from(gram)] *= 1 + 1e-8
-        lower = np.linalg.cholesky(gram)
-        solution = scipy.optimize.nnls(lower.T, np.linalg.solve(lower, design @ data), maxiter=50 * len(gram))[0]
+        whole = slice(None), slice(None)
+        profiles = [(whole, self.profile(names[n])) for n in used]
+        design = columns(self.data.shape, profiles + [self.point(pixel) for pixel in clumps.pixels])
+        data = np.where(self.seen, self.data + sum(image for _, image in profiles), np.nan)
+        solution = solve_nonnegative(design, data, np.zeros(design.shape[1]), SOLVE_STEPS)
         scales, light = np.ones(len(names)), solution[len(used) :]
         scales[used] = solution[: len(used)]
         kept = light > 0
@@ -152,17 +147,6 @@ def _of_source(name: str, scene: Scene, hosts, clumps: _Clumps) -> tuple[np.ndar
     return clumps.places[own] - source.center, clumps.light[own] / (smooth + clumps.light[own].sum())
 
 
-def _subpixel(image: np.ndarray, pixel: np.ndarray) -> np.ndarray:
-    """Return how far from a pixel the peak of the parabolas through it and its neighbours is, (y, x)."""
-    y, x = np.clip(pixel, 1, np.array(image.shape) - 2)
-    result = np.zeros(2)
-    for axis, (before, here, after) in enumerate((image[y - 1 : y + 2, x], image[y, x - 1 : x + 2])):
-        curvature = 2 * here - before - after
-        if np.isfinite(curvature) and curvature > 0:
-            result[axis] = np.clip(0.5 * (after - before) / curvature, -0.5, 0.5)
-    return result
-
-
 def _radii_away(source: Source, place: np.ndarray) -> float:
     """Return how far a place is from a source, in half-light radii of its ellipse."""
     shape = parameter_values(source.morphology)
@@ -178,12 +162,4 @@ def _smoothed(image: np.ndarray, core: float) -> tuple[np.ndarray, float]:
     smooth = ndimage.gaussian_filter(np.nan_to_num(image), core, mode="constant") / np.maximum(norm, 0.5)
     valid = norm > 0.9
     scatter = 1.4826 * np.median(np.abs(smooth[valid] - np.median(smooth[valid])))
-    return np.where(valid, smooth, -np.inf), CLUMP_SIGNIFICANCE * scatter
-
-
-def _psf_image(obs: Observation, share: np.ndarray) -> np.ndarray:
-    """Return the image of a point, the mean over the channels."""
-    size = 2 * int(np.ceil(min(obs.psf.extent, 12 * obs.psf.effective_sigma.max()))) + 1
-    ky, kx = np.fft.fftfreq(size), np.fft.rfftfreq(size)
-    modes = np.einsum("c,ckl->kl", share, obs.psf.transfer(ky, kx, np.eye(2)))
-    return np.fft.fftshift(np.fft.irfft2(modes, (size, size)))
+    return np.where(valid, smooth, 0.0), CLUMP_SIGNIFICANCE * scatter

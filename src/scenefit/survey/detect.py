@@ -31,9 +31,10 @@ from scenefit.survey.candidates import (
     sort_out,
 )
 from scenefit.survey.detections import Detections, flux_columns, length_unit, place_columns
+from scenefit.survey.envelopes import psf_width
 from scenefit.survey.listed import catalog_centers
 from scenefit.survey.outliers import without_outliers
-from scenefit.survey.significance import ALIKE, Layer, Sky, sky_sigma
+from scenefit.survey.significance import ALIKE, Layer, Sky
 from scenefit.survey.subtraction import RingShape, fit_fluxes, fit_shapes, sharp_image, templates
 
 SCALES = (0.0, 1.25, 2.5, 5.0)
@@ -78,8 +79,8 @@ def detect(
     (see `initialize`), with the fluxes that fit all observations best, and subtracted; then peaks of all scales are looked for
     in what is left, first of the sharpest observations, then of all.
 
-    An unresolved peak within 3 half-light radii of a brighter source, with less than a tenth of its flux, is a clump of it. So
-    are resolved ones within one half-light radius; they aren't recorded.
+    An unresolved peak within 3 half-light radii of a brighter source, with less than 5 % of its flux, is a clump of it. So are
+    resolved ones within one half-light radius, with less than 10 %; they aren't recorded.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def detect(
     """
     observations = _checked(observations, frame, threshold, scales, scene, iterate)
     observations = [obs.match(frame) for obs in observations]
-    centers, rows = catalog_centers(frame, catalog, min(sky_sigma(obs) for obs in observations) / _pixel(frame))
+    centers, rows = catalog_centers(frame, catalog, min(psf_width(frame, obs) for obs in observations))
     search, outliers = _search(frame, observations, np.asarray(scales, dtype=float), threshold, scene)
     layer = search.layers[0]
     numerator = search.sky.chosen(layer, search.planes)
@@ -203,11 +204,6 @@ def _checked(observations, frame, threshold, scales, scene, iterate) -> list[Obs
     return observations
 
 
-def _pixel(frame: Frame) -> float:
-    """Return the side of a model pixel in arcsec, 1 without a WCS."""
-    return 1.0 if frame.wcs is None else frame.pixel_scale
-
-
 def _search(frame: Frame, observations, scales, threshold, scene) -> tuple[Search, dict[str, np.ndarray]]:
     """Return what to search in, and the pixels of each observation that are left out."""
     model = None if scene is None else scene.evaluate()
@@ -224,7 +220,7 @@ def _search(frame: Frame, observations, scales, threshold, scene) -> tuple[Searc
     planes, scene_planes = sky.coadded(pulls), np.zeros((len(sky.groups), len(sky.sizes), *sky.shape))
     if model is not None:
         scene_planes = planes - sky.coadded(sky.pull(model))
-    widths = np.array([sky_sigma(obs) for obs in observations]) / _pixel(frame)
+    widths = np.array([psf_width(frame, obs) for obs in observations])
     search = Search(
         sky=sky,
         frame=frame,

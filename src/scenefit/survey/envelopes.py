@@ -30,6 +30,8 @@ GRADIENT_STEPS = 100, 25
 """Accelerated gradient steps for more rings than that, in the first round and in later ones."""
 MAX_DENSE_RINGS = 700
 """Columns up to which the rings are solved for with dense matrices."""
+PSF_REACH = 12.0
+"""Widths of a PSF up to which its image reaches."""
 BLUR_COMPONENTS = 2
 """Gaussians that stand for the PSF in which rings are seen."""
 
@@ -52,15 +54,8 @@ class Blur(NamedTuple):
 
     @classmethod
     def of(cls, frame: Frame, obs: Observation) -> Blur:
-        """Return the blur of an observation, the mean of its channels, on the pixels of the frame."""
-        scale = 1.0 if frame.wcs is None else pixel_scale_of(obs.wcs) / pixel_scale_of(frame.wcs)
-        half = int(np.ceil(min(obs.psf.extent, 12 * obs.psf.effective_sigma.max()) * scale)) + 1
-        size = 2 * half + 1
-        middle = np.array([(n - 1) / 2 for n in obs.shape[1:]])
-        jacobian = _local_jacobian(obs.wcs, frame.wcs, middle)
-        ky, kx = np.fft.fftfreq(size), np.fft.rfftfreq(size)
-        modes = np.mean(obs.psf.transfer(ky, kx, jacobian), axis=0)
-        image = np.fft.fftshift(np.fft.irfft2(modes, (size, size)))
+        """Return the blur of an observation, its channels added, on the pixels of the frame."""
+        image = psf_image(obs, _local_jacobian(obs.wcs, frame.wcs, [(n - 1) / 2 for n in obs.shape[1:]]))
         with warnings.catch_warnings():
             # A rough description will do.
             warnings.simplefilter("ignore", UserWarning)
@@ -70,9 +65,37 @@ class Blur(NamedTuple):
         return cls(np.sqrt(covariances[used, 0, 0]), weights[used] / weights[used].sum())
 
 
+def psf_image(obs: Observation, jacobian: np.ndarray) -> np.ndarray:
+    """Return the image of a point of unit flux in the middle of a square, the channels added with their inverse variances.
+
+    `jacobian` is d(y, x) on the pixels of the image / d(y, x) on the observation's, shape (2, 2).
+    """
+    reach = min(obs.psf.extent, PSF_REACH * obs.psf.effective_sigma.max()) * np.sqrt(abs(np.linalg.det(jacobian)))
+    size = 2 * int(np.ceil(reach)) + 3
+    weights = obs.noise.level() ** -2.0
+    ky, kx = np.fft.fftfreq(size), np.fft.rfftfreq(size)
+    modes = np.broadcast_to(obs.psf.transfer(ky, kx, jacobian), (len(weights), size, len(kx)))
+    return np.fft.fftshift(np.fft.irfft2(np.einsum("c,ckl->kl", weights / weights.sum(), modes), (size, size)))
+
+
+def psf_width(frame: Frame, obs: Observation) -> float:
+    """Return the standard deviation of the sharpest PSF of an observation, in model pixels."""
+    scale = 1.0 if frame.wcs is None else pixel_scale_of(obs.wcs) / frame.pixel_scale
+    return float(obs.psf.effective_sigma.min()) * scale
+
+
+def ring_radius(sigmas: np.ndarray, weights: np.ndarray, fraction: float) -> float:
+    """Return the circularised radius, in pixels, that holds a fraction of the light of rings; 0 for a point."""
+    if not np.any(sigmas):
+        return 0.0
+    radius = np.geomspace(1e-2, 6 * np.max(sigmas), 400)
+    growth = (1 - np.exp(-0.5 * (radius[:, None] / np.maximum(sigmas, 1e-3)) ** 2)) @ weights / np.sum(weights)
+    return float(np.interp(fraction, growth, radius))
+
+
 def _local_jacobian(source, target, position) -> np.ndarray:
     """Return d(y, x) on the target / d(y, x) on the source's pixels, shape (2, 2)."""
-    steps = position + np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    steps = np.asarray(position) + np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     moved = pixel_map(source, target, steps[:, 0], steps[:, 1])
     return (moved[1:] - moved[0]).T
 
@@ -94,12 +117,6 @@ class Envelope(NamedTuple):
     amplitudes: np.ndarray
     ellipticity: np.ndarray
 
-    def radius(self, fraction: float) -> float:
-        """Return the circularised radius, in pixels, that holds a fraction of the light of the rings."""
-        radius = np.geomspace(1e-2, 6 * RING_SIGMAS[-1], 400)
-        growth = (1 - np.exp(-0.5 * (radius[:, None] / RING_SIGMAS) ** 2)) @ self.amplitudes / self.amplitudes.sum()
-        return float(np.interp(fraction, growth, radius))
-
 
 def detection_image(frame: Frame, obs: Observation) -> tuple[np.ndarray, float]:
     """Return the sum of an observation's channels, weighted by inverse variance, on the model pixels.
@@ -119,12 +136,6 @@ def detection_image(frame: Frame, obs: Observation) -> tuple[np.ndarray, float]:
     position = pixel_map(frame.wcs, obs.wcs, y, x)
     image = ndimage.map_coordinates(plane, [position[..., 0], position[..., 1]], order=1, cval=np.nan)
     return image, float(1 / np.sqrt(np.median(norm[norm > 0])))
-
-
-def fit_envelopes(image: np.ndarray, centers: np.ndarray, blur: Blur, progress: bool = False) -> list[Envelope]:
-    """Return what `fit_rings` finds, source by source."""
-    amplitudes, ellipticities = fit_rings(image, centers, blur, progress)
-    return [Envelope(*each) for each in zip(centers, amplitudes, ellipticities, strict=True)]
 
 
 def _stride(windows) -> int:

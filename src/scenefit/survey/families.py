@@ -16,7 +16,7 @@ from scenefit.model.scene import Scene
 from scenefit.model.source import AbstractSource, CompositeSource, Source
 from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
 from scenefit.survey.clumps import find_clumps, single_sources
-from scenefit.survey.envelopes import Envelope
+from scenefit.survey.envelopes import RING_SIGMAS, Envelope, psf_width, ring_radius
 
 POINT_RADIUS = 0.75
 """A source of a smaller half-light radius, in widths of the sharpest PSF, is taken for a point."""
@@ -78,7 +78,7 @@ def automatic_scene(
     Scene
         Point: a `Source`. Disk alone: a `Source`. Disk and bulge: a concentric `CompositeSource` of these parts.
     """
-    sigma = _sharpest_sigma(frame, sharpest)
+    sigma = psf_width(frame, sharpest)
     single = Frame(frame.box.shape, channels=sharpest.channels, wcs=frame.wcs, psf=frame.psf, padding=frame.padding)
     shown = list(frame.channel_index(sharpest.channels))
     flux_of = dict(zip(envelopes, fluxes, strict=True))
@@ -103,15 +103,9 @@ def _is_seen(frame: Frame, obs: Observation, center: np.ndarray) -> bool:
     return bool(inside and obs.noise.valid[:, place[0], place[1]].any())
 
 
-def _sharpest_sigma(frame: Frame, obs: Observation) -> float:
-    """Return the width of the PSF of an observation in model pixels."""
-    scale = 1.0 if frame.wcs is None else pixel_scale_of(obs.wcs) / frame.pixel_scale
-    return float(obs.psf.effective_sigma.min()) * scale
-
-
 def _single(envelope: Envelope, flux: np.ndarray, sigma: float) -> Source:
     """Return a point, or a single profile as the envelope has it."""
-    radius = envelope.radius(0.5)
+    radius = ring_radius(RING_SIGMAS, envelope.amplitudes, 0.5)
     if radius < POINT_RADIUS * sigma:
         return Source(envelope.center, flux, PointMorphology())
     return _profile(envelope, flux, radius, SINGLE_SIZE)

@@ -16,7 +16,7 @@ from scenefit.model.morphology import GaussianMorphology, PixelMorphology, Point
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
-from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
+from scenefit.sky.frame import Frame, pixel_map
 from scenefit.survey.detect import detect
 from scenefit.survey.envelopes import (
     MAX_ENTRIES,
@@ -25,7 +25,8 @@ from scenefit.survey.envelopes import (
     Envelope,
     columns,
     detection_image,
-    fit_envelopes,
+    fit_rings,
+    psf_width,
     ring_images,
     solve_nonnegative,
 )
@@ -93,10 +94,11 @@ def initialize(
             warnings.warn("No source was detected: the scene is empty.", stacklevel=2)
             return Scene(frame, {})
     centers, names = _centers(frame, catalog)
-    sharpest = min(observations, key=_sky_sigma)
+    sharpest = min(observations, key=lambda obs: psf_width(frame, obs))
     image, noise = detection_image(frame, sharpest)
     blur = Blur.of(frame, sharpest)
-    envelopes = fit_envelopes(image, centers, blur, progress)
+    shapes = fit_rings(image, centers, blur, progress)
+    envelopes = [Envelope(*each) for each in zip(centers, *shapes, strict=True)]
     asked = _half_size(frame, half_size)
     halves = [asked or _extent(each.amplitudes, each.ellipticity, noise, frame.box) for each in envelopes]
     rings = [_envelope_rings(model, each.amplitudes) for each in envelopes]
@@ -130,11 +132,6 @@ def _centers(frame, catalog):
             f"{len(outside)} catalogue source(s) outside the model frame left out: rows {outside}.", stacklevel=3
         )
     return positions[inside], [str(n) for n, is_inside in enumerate(inside) if is_inside]
-
-
-def _sky_sigma(obs) -> float:
-    """Return the width of the sharpest PSF of an observation, in arcsec (pixels without a WCS)."""
-    return float(obs.psf.effective_sigma.min()) * (1.0 if obs.wcs is None else pixel_scale_of(obs.wcs))
 
 
 def _half_size(frame, half_size):
@@ -221,11 +218,11 @@ def _envelopes(shape, positions, jacobians, ellipticities, rings, halves, psf_si
 
 def _morphology(model, envelope: Envelope, box: Box, psf_sigma: float):
     """Return the starting morphology of the named kind from the envelope on `box`."""
+    if model == "point":
+        return PointMorphology()
     y, x = np.mgrid[box.slices]
     center = envelope.center
     start = ring_images(y - center[0], x - center[1], envelope.ellipticity, psf_sigma) @ envelope.amplitudes
-    if model == "point":
-        return PointMorphology()
     if model == "gaussian":
         variance = 0.5 * (start * ((y - center[0]) ** 2 + (x - center[1]) ** 2)).sum() / start.sum()
         return GaussianMorphology(float(np.sqrt(max(variance, 0.25))) * 0.8)

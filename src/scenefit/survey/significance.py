@@ -20,8 +20,9 @@ from scipy import ndimage
 
 from scenefit.arrays.compilation import as_floats
 from scenefit.data.observation import Observation
-from scenefit.infer.matched import Camera, camera, flux_units, information, pulled, smoothed
-from scenefit.sky.frame import Frame, pixel_scale_of
+from scenefit.infer.matched import Camera, camera, channel_units, information, pulled, smoothed
+from scenefit.sky.frame import Frame
+from scenefit.survey.envelopes import psf_width
 
 SURROUNDINGS, LEAST_SIZE = 4.0, 0.6
 """Width of the surroundings in units of a source's, and the width that a point counts as, in those of the PSF's."""
@@ -97,10 +98,9 @@ class Sky(eqx.Module):
         cls, frame: Frame, observations: Sequence[Observation], residuals: Sequence[np.ndarray], scales: np.ndarray
     ) -> Sky:
         """Prepare matched observations, with what is left of their data, for sources of some scales (in units of the PSF)."""
-        pixel = 1.0 if frame.wcs is None else frame.pixel_scale
-        widths = np.array([sky_sigma(obs) for obs in observations]) / pixel
+        widths = np.array([psf_width(frame, obs) for obs in observations])
         numbers, group_widths = _groups(widths)
-        unit = flux_units(frame, observations)
+        unit = channel_units(frame, observations)
         has_data = np.zeros(len(unit), bool)
         for obs in observations:
             has_data[list(frame.channel_index(obs.channels))] |= obs.noise.valid.any(axis=(1, 2))
@@ -198,11 +198,6 @@ class Sky(eqx.Module):
         known = layer.information[scale]
         good = self._covered(layer.information, scale)
         return np.where(good, numerator[scale] / np.where(good, known, 1.0), 0.0)
-
-
-def sky_sigma(obs: Observation) -> float:
-    """Return the width of the sharpest PSF of an observation, in arcsec (pixels without a WCS)."""
-    return float(obs.psf.effective_sigma.min()) * (1.0 if obs.wcs is None else pixel_scale_of(obs.wcs))
 
 
 def _counts(cameras: tuple[Camera, ...], known: np.ndarray, width: float, sizes: np.ndarray) -> np.ndarray:

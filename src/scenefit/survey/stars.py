@@ -9,7 +9,8 @@ from jaxtyping import Float
 from scipy.special import expit, log_ndtr
 
 from scenefit.data.observation import Observation
-from scenefit.sky.frame import Frame, pixel_scale_of
+from scenefit.sky.frame import Frame
+from scenefit.survey.envelopes import psf_width
 
 
 def star_scores(
@@ -47,8 +48,4 @@ def star_scores(
 
 def sharpest_area(frame: Frame, observations: Sequence[Observation]) -> float:
     """Return the square of the half-light radius, in model pixels, of the sharpest PSF, as if it were Gaussian."""
-    widths = [
-        (1.0 if frame.wcs is None else pixel_scale_of(obs.wcs) / frame.pixel_scale) * obs.psf.effective_sigma.min()
-        for obs in observations
-    ]
-    return float(2 * np.log(2) * min(widths) ** 2)
+    return float(2 * np.log(2) * min(psf_width(frame, obs) for obs in observations) ** 2)

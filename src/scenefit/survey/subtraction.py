@@ -12,7 +12,7 @@ from jax import Array
 from scenefit.arrays.box import Box
 from scenefit.data.observation import Observation
 from scenefit.sky.frame import Frame
-from scenefit.survey.envelopes import RING_SIGMAS, detection_image, fit_rings
+from scenefit.survey.envelopes import RING_SIGMAS, columns, detection_image, fit_rings, ring_images, ring_radius
 from scenefit.survey.significance import Sky
 
 STAMP_LIGHT, RING_EXTENT = 0.99, 4.0
@@ -22,7 +22,7 @@ MAX_STEPS, TOLERANCE = 12, 0.3
 
 
 class RingShape(NamedTuple):
-    """RingShape of one ellipticity: standard deviations, in pixels, and shares in the flux; a point is a ring without width."""
+    """Rings of one ellipticity: standard deviations, in pixels, and shares in the flux; a point is a ring without width."""
 
     sigmas: np.ndarray
     weights: np.ndarray
@@ -30,11 +30,7 @@ class RingShape(NamedTuple):
 
     def radius(self, fraction: float) -> float:
         """Return the circularised radius, in pixels, that holds a fraction of the light."""
-        if not self.sigmas.any():
-            return 0.0
-        radius = np.geomspace(1e-2, 6 * self.sigmas.max(), 400)
-        growth = (1 - np.exp(-0.5 * (radius[:, None] / np.maximum(self.sigmas, 1e-3)) ** 2)) @ self.weights
-        return float(np.interp(fraction, growth, radius))
+        return ring_radius(self.sigmas, self.weights, fraction)
 
     @classmethod
     def point(cls) -> RingShape:
@@ -80,36 +76,16 @@ def templates(frame: Frame, positions: np.ndarray, shapes: Sequence[RingShape]) 
     """Return images of unit flux on the frame, with its PSF, one a row."""
     psf_sigma = float(frame.psf.effective_sigma[0])
     whole = Box(frame.box.shape)
-    number = np.arange(whole.shape[0] * whole.shape[1]).reshape(whole.shape)
-    values, columns, ends = [], [], [0]
+    pieces = []
     for position, shape in zip(positions, shapes, strict=True):
         norm = float(np.hypot(*shape.ellipticity))
         stretch = ((1 + norm) / (1 - norm)) ** 0.25
         wide = min(shape.radius(STAMP_LIGHT), RING_EXTENT * shape.sigmas.max()) * stretch
         box = Box.around(tuple(position), int(np.ceil(np.hypot(wide, RING_EXTENT * psf_sigma)))).intersection(whole)
         y, x = np.ogrid[box.slices]
-        image = _rings(y - position[0], x - position[1], shape, psf_sigma)
-        values.append(image.ravel())
-        columns.append(number[box.slices].ravel())
-        ends.append(ends[-1] + image.size)
-    if not values:
-        return scipy.sparse.csr_matrix((0, number.size))
-    return scipy.sparse.csr_matrix(
-        (np.concatenate(values), np.concatenate(columns), ends), shape=(len(values), number.size)
-    )
-
-
-def _rings(y, x, shape: RingShape, psf_sigma: float) -> np.ndarray:
-    """Return the rings at offsets from the center, of unit flux."""
-    e1, e2 = shape.ellipticity
-    image = np.zeros(np.broadcast_shapes(y.shape, x.shape))
-    for sigma, weight in zip(shape.sigmas, shape.weights, strict=True):
-        mean = sigma**2 / np.sqrt(1 - e1**2 - e2**2)
-        xx, yy, xy = mean * (1 + e1) + psf_sigma**2, mean * (1 - e1) + psf_sigma**2, mean * e2
-        determinant = xx * yy - xy**2
-        exponent = (xx * y**2 - 2 * xy * x * y + yy * x**2) / determinant
-        image += weight * np.exp(-0.5 * exponent) / (2 * np.pi * np.sqrt(determinant))
-    return image
+        rings = ring_images(y - position[0], x - position[1], shape.ellipticity, psf_sigma, shape.sigmas)
+        pieces.append((box.slices, rings @ shape.weights))
+    return columns(whole.shape, pieces).T if pieces else scipy.sparse.csr_matrix((0, whole.shape[0] * whole.shape[1]))
 
 
 def fit_fluxes(
