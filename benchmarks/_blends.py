@@ -24,12 +24,18 @@ def add_blends(parser: argparse.ArgumentParser):
 
 
 def blends(parser: argparse.ArgumentParser, arguments: argparse.Namespace, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files of the blends that the options name, drawn into a folder if they aren't there."""
+    """Return the files of the blends that the options name, drawn into a folder if they aren't there.
+
+    Without files and simulator there is nothing to measure: it says so on standard error, and the script ends without failure,
+    so that those that run all benchmarks can go on.
+    """
     paths = sorted(p for path in arguments.paths for p in (path.glob("*.fits") if path.is_dir() else [path]))
     if paths:
         return paths
+    if arguments.paths:
+        parser.error(f"no FITS file in {', '.join(map(str, arguments.paths))}")
     if arguments.simulator is None:
-        parser.error("give files of simulated blends, or --simulator")
+        parser.exit(0, f"{parser.prog}: skipped. Give files of simulated blends, or --simulator.\n")
     return simulate(arguments.simulator, folder, range(arguments.first_seed, arguments.first_seed + arguments.fields))
 
 

@@ -3,6 +3,8 @@
     python blend_photometry.py FOLDER_OR_FILES ... [--detect] [--list] [--json]
     python blend_photometry.py --fields 20 --simulator make_blend.py [--first-seed 100] [--json]
 
+Without files and simulator it says so and measures nothing.
+
 Every file holds images of a space and a ground camera as `sf.read_observations` takes them, the positions of the sources
 (CATALOG), their magnitudes (TRUTH) and the image of each alone without noise (SRC_HST, SRC_HSC). All is done as `scenefit fit`
 does it: noise measured where it is correlated, families chosen, offset of the ground camera fitted. With `--detect` the positions

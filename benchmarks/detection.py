@@ -3,6 +3,8 @@
     python detection.py FOLDER_OR_FILES ... [--json] [--list]
     python detection.py --fields 20 --simulator make_blend.py [--first-seed 100] [--json]
 
+Without files and simulator it says so and measures nothing.
+
 Every file holds images of both cameras as `sf.read_observations` takes them, the sources that were drawn (TRUTH: ra, dec) and the
 image of each alone without noise (SRC_HST). `--fields` has the script given draw so many into a temporary folder, every other one
 with the space image turned by 23 degrees, with 4 to 9 sources: galaxies with and without bulge, with clumps, and stars.

@@ -48,6 +48,7 @@ ORDER = {
         "inverse",
         "quadratic",
         "descent",
+        "slopes",
         "footprints",
         "information",
         "pointing",

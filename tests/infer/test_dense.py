@@ -12,6 +12,7 @@ from scenefit.infer.fit import Status, fit
 from scenefit.infer.information import information
 from scenefit.infer.problem import State
 from scenefit.model import link
+from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.morphology import GaussianMorphology, MultiGaussianMorphology, PointMorphology, SersicMorphology
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
@@ -84,6 +85,30 @@ def test_the_information_is_that_of_finite_differences():
         found = np.asarray(compiled(information)(problem, state, where))
     scale = np.linalg.norm(rows, axis=1)
     # 1e-6: third derivatives times the squared step.
+    np.testing.assert_allclose(found / np.outer(scale, scale), rows @ rows.T / np.outer(scale, scale), atol=1e-6)
+
+
+def test_the_information_of_many_clumps():
+    """More numbers than one block of slots holds, beside a source that needs one block alone."""
+    rng, bands = np.random.default_rng(7), ("g", "r")
+    offsets = rng.normal(scale=4.0, size=(18, 2))
+    clumpy = ClumpyMorphology(3.0, 1.0, (0.2, 0.1), offsets, np.full(18, 0.02))
+    sources = {
+        "plain": Source((20.5, 22.3), [3.0, 2.0], SersicMorphology(2.0, 1.3, (0.1, -0.1))),
+        "clumpy": Source((14.2, 13.1), [4.0, 6.0], clumpy),
+    }
+    with jax.enable_x64(True):
+        scene = Scene(Frame(SHAPE, channels=bands, padding=8), sources)
+        observations = [make_observation(band).match(scene.frame) for band in bands]
+        parameters = Parameters.default(scene, observations).free("observations.r.astrometry.shift")
+        problem, state, layout = posterior.build(scene, observations, parameters)
+        where = dense.dense_footprints(problem, layout, scene, observations)
+        assert where is not None
+        assert len(np.unique(np.asarray(where.pairs[0].blocks))) > 1
+        rows = finite_differences(problem, state, where.index)
+        found = np.asarray(compiled(information)(problem, state, where))
+    assert len(rows) == 7 + 7 + 18 + 2 + 2
+    scale = np.linalg.norm(rows, axis=1)
     np.testing.assert_allclose(found / np.outer(scale, scale), rows @ rows.T / np.outer(scale, scale), atol=1e-6)
 
 

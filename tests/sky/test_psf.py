@@ -61,9 +61,10 @@ def resampled(psf, references, affine, order):
     return ResampledPSF(psf, affine, order), [onto(reference) for reference in references]
 
 
-ODD = elliptical_image((21, 23), (10, 11))
-FINE = elliptical_image((45, 45), (22, 22), sigma=4.5)
-EVEN = elliptical_image((20, 22), (9.7, 10.4))
+# Of any flux: only sums near 1 mean anything.
+ODD = 7.0 * elliptical_image((21, 23), (10, 11))
+FINE = 7.0 * elliptical_image((45, 45), (22, 22), sigma=4.5)
+EVEN = 7.0 * elliptical_image((20, 22), (9.7, 10.4))
 
 NARROW, WIDE, TILTED = [[1.0, 0.3], [0.2, 1.3]], [[3.0, 0.0], [0.0, 3.5]], [[1.5, 0.8], [0.0, 0.9]]
 
@@ -260,6 +261,30 @@ def test_lengths_are_in_pixels():
         ValueError, match=r"sigma of a GaussianPSF \(divide an angle by the pixel scale\) must be in pix"
     ):
         GaussianPSF(0.6 * u.arcsec)
+
+
+def test_an_image_cut_out_of_a_psf_keeps_its_sum():
+    """A point of unit flux through a Gaussian of which a narrow stamp holds 95 % in one channel, all in the other."""
+    wide, narrow = (elliptical_image((21, 21), (10, 10), sigma=sigma) for sigma in (3.6, 1.2))
+    sums = np.array([wide.sum(), narrow.sum()])
+    assert 0.9 < sums[0] < 0.99
+    frequency = np.fft.fftfreq(64)
+    cut, whole = (
+        np.fft.fftshift(np.fft.ifft2(psf.transfer(frequency, frequency, np.eye(2))).real, axes=(-2, -1))
+        for psf in (ImagePSF(np.stack([wide, narrow])), ImagePSF(5.0 * np.stack([wide, narrow])))
+    )
+    np.testing.assert_allclose(cut.sum(axis=(1, 2)), sums, rtol=1e-12)
+    # 1e-5: the Nyquist frequency itself, which is left out.
+    np.testing.assert_allclose(cut[:, 22:43, 22:43], np.stack([wide, narrow]), atol=1e-5)
+    np.testing.assert_allclose(whole.sum(axis=(1, 2)), 1.0, rtol=1e-12)
+    told = ImagePSF(5.0 * wide, enclosed_flux=0.8)
+    assert told.transfer(np.zeros(1), np.zeros(1), np.eye(2)) == pytest.approx(0.8, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, np.nan])
+def test_shares_of_the_flux_on_an_image(share):
+    with pytest.raises(ValueError, match="enclosed flux"):
+        ImagePSF(ODD, enclosed_flux=share)
 
 
 def test_masked_samples_count_as_missing():

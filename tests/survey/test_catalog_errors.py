@@ -10,7 +10,7 @@ import scenefit as sf
 from scenefit.arrays.profiles import sersic_b
 from scenefit.infer import posterior
 from scenefit.infer.fit import FitResult, Status
-from scenefit.infer.jacobian import stamp_slopes
+from scenefit.infer.slopes import stamp_slopes
 from scenefit.survey.measure import measure_shapes
 from scenefit.survey.sensitivity import shape_slopes
 from tests.correlations import CORRELATIONS, covariance_of

@@ -9,7 +9,8 @@ from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.morphology import PointMorphology, SersicMorphology
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
-from scenefit.sky.psf import ImagePSF
+from scenefit.sky.psf import GaussianPSF, ImagePSF
+from scenefit.survey.clumps import clump_hosts
 from scenefit.survey.families import IRREGULAR, LEAST_SHARE, TYPICAL_SHARE, bulge_share
 from scenefit.survey.initialize import initialize
 
@@ -75,6 +76,52 @@ def test_clumps_are_found_with_their_light(scene):
     assert fractions.sum() > IRREGULAR
     # Hardly anything elsewhere: the light of one clump.
     assert fractions.sum() * FLUXES["clumpy"] < (len(CLUMPS) + 1) * CLUMP_FLUX
+
+
+def test_clumps_belong_to_galaxies_that_have_many():
+    """A large smooth galaxy beside a small one whose clumps lie as its light does: all are those of the small one."""
+    rng = np.random.default_rng(3)
+    large = Source((50.0, 50.0), [10000.0], SersicMorphology(20.0, 1.0))
+    small = Source((50.0, 85.0), [8000.0], SersicMorphology(7.0, 1.0))
+    # Radii of an exponential disk, in two dimensions: the sum of two exponential numbers.
+    radius = 7.0 / 1.678 * rng.exponential(size=(2, 15)).sum(axis=0)
+    angle = rng.uniform(0, 2 * np.pi, 15)
+    between = np.array([[50.0, 66.0]])
+    strewn = np.array([50.0, 85.0]) + np.stack([radius * np.sin(angle), radius * np.cos(angle)], axis=-1)
+    hosts = clump_hosts([large, small], np.concatenate([strewn, between]), np.full(16, 150.0))
+    np.testing.assert_array_equal(hosts, 1)
+    # Alone, that between the two would be the large one's, as it is without a small galaxy that has any.
+    assert clump_hosts([large, small], between, np.full(1, 150.0))[0] == 0
+    assert len(clump_hosts([large, small], np.zeros((0, 2)), np.zeros(0))) == 0
+
+
+def test_one_channel_without_data(observation):
+    """What the sharpest image shows in its other channels decides."""
+    blank = np.zeros_like(observation.data[0])
+    both = Observation(
+        np.stack([blank, observation.data[0]]),
+        weights=np.stack([blank, blank + SIGMA**-2]),
+        psf=observation.psf,
+        channels=["g", "i"],
+        name="HST",
+    )
+    scene = initialize(Frame(SHAPE, channels=["g", "i"]), both, np.array(list(CENTERS.values())), progress=False)
+    star, _, bulge, clumpy = scene.sources.values()
+    assert isinstance(star.morphology, PointMorphology)
+    assert isinstance(bulge, CompositeSource)
+    assert len(clumpy.morphology.offsets) >= len(CLUMPS) - 1
+
+
+def test_a_row_without_light_stays_in_the_frame():
+    """Beside a bright star that isn't listed, a source that is drawn away."""
+    y, x = np.mgrid[:72, :72]
+    star = 4e4 * np.exp(-0.5 * ((y - 36.0) ** 2 + (x - 36.0) ** 2) / 1.7**2) / (2 * np.pi * 1.7**2)
+    data = star + np.random.default_rng(2025).normal(size=(72, 72))
+    obs = Observation(data, sigma=1.0, psf=GaussianPSF(1.7), channels="i", name="HST")
+    scene = initialize(Frame((72, 72), channels="i"), obs, np.array([[36.0, 24.0], [14.0, 50.0]]), progress=False)
+    result = fit(scene, [obs], progress=False)
+    for _, part in result.scene.components():
+        assert (np.abs(np.asarray(part.center) - 35.5) <= 36.0).all()
 
 
 def test_fluxes_of_a_fit(scene, observation):

@@ -19,6 +19,7 @@ from scenefit.arrays.stamps import bucket_size
 from scenefit.data.observation import Observation
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Leaf, Problem
+from scenefit.infer.slopes import slot_of_elements
 from scenefit.model.packing import component_box
 from scenefit.model.scene import Scene
 from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
@@ -32,24 +33,29 @@ CORE_SPREAD = 3
 
 TILE = 64
 """Rows and columns of the tiles that overlaps are cut into."""
+BLOCK = 8
+"""Slots whose products are computed at a time, where components have more than twice as many."""
 
 
 class Pairs(eqx.Module):
-    """Pairs of components whose footprints overlap in an observation, tile by tile; each component with itself first.
+    """Pairs of blocks of slots of components whose footprints overlap in an observation, tile by tile; each with itself first.
 
     Attributes
     ----------
     members : array of int, shape (p, 2)
         Numbers of the components.
+    blocks : array of int, shape (p, 2)
+        Numbers of the blocks of their slots.
     box : array of int, shape (p, 4)
         First and last+1 row, first and last+1 column of a tile of what both cover, in the observation's window.
     num_single, count : int
-        How many tiles there are of components with themselves, and in all; what follows is padding.
+        How many tiles there are of blocks with themselves, and in all; what follows is padding.
     window : (int, int)
         Rows and columns of a tile at most.
     """
 
     members: Int[Array, "p 2"]
+    blocks: Int[Array, "p 2"]
     box: Int[Array, "p 4"]
     num_single: Int[Array, ""]
     count: Int[Array, ""]
@@ -59,7 +65,7 @@ class Pairs(eqx.Module):
 class Footprints(eqx.Module):
     """Where the derivatives along the free coordinates lie.
 
-    The parameters of a component's shape are its first slots, all of its fluxes are the last one.
+    All fluxes of a component are its first slot, the parameters of its shape the others.
 
     Attributes
     ----------
@@ -68,7 +74,8 @@ class Footprints(eqx.Module):
     group : array of int, shape (m,)
         Which component each belongs to; one more than the last for those of observations.
     places : array of int, shape (member, slot, channel)
-        Which of them is in a slot of a component, by channel of the model; m for none. Members are numbered through all stacks.
+        Which of them is in a slot of a component, by channel of the model; m for none. Members are numbered through all stacks;
+        there is a whole number of blocks of slots.
     own_places : tuple of arrays of int, shape (g,)
         The same for the parameters of each observation.
     element_places : array of int, shape (e,)
@@ -144,7 +151,8 @@ def footprints(
     num_colors = int(color.max(initial=0)) + 1
     element_places = _element_places(problem, index)
     places, own_places = _places(problem, element_places, len(index), starts)
-    visits = _visits(color, (places != len(index)).any(axis=2))
+    is_used = (places != len(index)).any(axis=2)
+    visits = _visits(color, is_used)
     group = np.full(len(index) + 1, len(places))
     group[places.ravel()] = np.repeat(np.arange(len(places)), places[0].size if len(places) else 1)
     return Footprints(
@@ -160,7 +168,8 @@ def footprints(
         cores=tuple(origins),
         core_sizes=tuple(sizes),
         pairs=tuple(
-            _pairs(numbers, part, image.data.shape[1:]) for part, image in zip(covered, problem.images, strict=True)
+            _pairs(numbers, part, is_used, image.data.shape[1:])
+            for part, image in zip(covered, problem.images, strict=True)
         ),
         is_quick=quick,
     )
@@ -177,21 +186,9 @@ def _room(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def slot_of_elements(problem: Problem) -> tuple[np.ndarray, int]:
-    """Return the slot of every element of a component's parameters, -1 for those of observations, and the slot of fluxes."""
-    slot = np.full(problem.index.shape, -1)
-    count: dict[int, int] = {}
-    for leaf in problem.leaves:
-        if leaf.kind == "stack" and leaf.name != "flux":
-            rows = leaf.elements()
-            first = count.get(leaf.number, 0)
-            slot[rows] = first + np.arange(rows.shape[1])
-            count[leaf.number] = first + rows.shape[1]
-    of_flux = max(count.values(), default=0)
-    for leaf in problem.leaves:
-        if leaf.kind == "stack" and leaf.name == "flux":
-            slot[leaf.start : leaf.stop] = of_flux
-    return slot, of_flux
+def block_size(num_slots: int) -> int:
+    """Return how many slots make a block."""
+    return num_slots if num_slots <= 2 * BLOCK else BLOCK
 
 
 def own_leaves(problem: Problem, number: int) -> list[Leaf]:
@@ -208,8 +205,10 @@ def _element_places(problem: Problem, index: np.ndarray) -> np.ndarray:
 
 def _places(problem: Problem, place_of: np.ndarray, none: int, starts: np.ndarray):
     """Return `Footprints.places` and `Footprints.own_places`, from those of the elements."""
-    slot, of_flux = slot_of_elements(problem)
-    places = np.full((starts[-1], of_flux + 1, problem.canvas[0]), none)
+    slot, counts = slot_of_elements(problem)
+    num_slots = max(counts, default=1)
+    num_slots = -(-num_slots // block_size(num_slots)) * block_size(num_slots)
+    places = np.full((starts[-1], num_slots, problem.canvas[0]), none)
     for leaf in problem.leaves:
         if leaf.kind != "stack":
             continue
@@ -218,7 +217,7 @@ def _places(problem: Problem, place_of: np.ndarray, none: int, starts: np.ndarra
         if leaf.name == "flux":
             stack = problem.stacks[leaf.number]
             shown = np.take_along_axis(place_of[elements], np.asarray(stack.flux_index), axis=1)
-            places[members[:, 0], of_flux] = np.where(np.asarray(stack.flux_gain) != 0, shown, none)
+            places[members[:, 0], 0] = np.where(np.asarray(stack.flux_gain) != 0, shown, none)
         else:
             places[members, slot[elements]] = place_of[elements][..., None]
     own = [
@@ -286,20 +285,25 @@ def _is_empty(boxes: np.ndarray) -> np.ndarray:
     return (boxes[..., 0] >= boxes[..., 1]) | (boxes[..., 2] >= boxes[..., 3])
 
 
-def _pairs(numbers: np.ndarray, covered: np.ndarray, shape: tuple[int, ...]) -> Pairs:
-    """Return the pairs of components that share pixels of an observation."""
+def _pairs(numbers: np.ndarray, covered: np.ndarray, is_used: np.ndarray, shape: tuple[int, ...]) -> Pairs:
+    """Return the pairs of blocks of components that share pixels of an observation."""
     shared = _intersections(covered)
     some = ~_is_empty(shared)
-    single = np.nonzero(np.diagonal(some))[0]
-    first, second = (np.concatenate([single, others]) for others in np.nonzero(np.triu(some, 1)))
+    block = block_size(is_used.shape[1])
+    blocks = np.any(is_used.reshape(len(is_used), -1, block), axis=2)[numbers]
+    owner, own_block = np.nonzero(blocks & np.diagonal(some)[:, None])
+    ends = np.stack(np.triu_indices(len(owner), 1), axis=-1)
+    ends = ends[some[owner[ends[:, 0]], owner[ends[:, 1]]]]
+    ends = np.concatenate([np.repeat(np.arange(len(owner))[:, None], 2, axis=1), ends])
+    first, second = owner[ends].T
     height, width = (min(TILE, limit) for limit in shape)
     rows, boxes = _tiles(shared[first, second], height, width)
-    members = np.stack([numbers[first], numbers[second]], axis=-1).reshape(-1, 2)[rows]
-    padding = _room(max(len(boxes), 1)) - len(boxes)
+    padding = ((0, _room(max(len(boxes), 1)) - len(boxes)), (0, 0))
     return Pairs(
-        members=as_integers(np.pad(members, ((0, padding), (0, 0)))),
-        box=as_integers(np.pad(boxes, ((0, padding), (0, 0)))),
-        num_single=as_integers(np.sum(rows < len(single))),
+        members=as_integers(np.pad(numbers[owner[ends]].reshape(-1, 2)[rows], padding)),
+        blocks=as_integers(np.pad(own_block[ends].reshape(-1, 2)[rows], padding)),
+        box=as_integers(np.pad(boxes, padding)),
+        num_single=as_integers(np.sum(rows < len(owner))),
         count=as_integers(len(boxes)),
         window=(height, width),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,10 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from scenefit.arrays import fourier
-from scenefit.arrays.stamps import add_stamps
-from scenefit.infer.footprints import Footprints, Pairs, own_leaves, slot_of_elements
+from scenefit.infer.footprints import Footprints, Pairs, block_size, own_leaves
 from scenefit.infer.problem import Image, Problem, State
-from scenefit.model.packing import Stack, transform_stacks
+from scenefit.infer.slopes import padded_gains, slopes_of_stamps, untied
+from scenefit.model.packing import transform_stacks
 
 
 def information(problem: Problem, state: State, where: Footprints, kind: str = "score") -> Float[Array, "m m"]:
@@ -37,7 +36,7 @@ def information(problem: Problem, state: State, where: Footprints, kind: str = "
         the noise of components as the same everywhere.
     """
     # Every element is a coordinate of its own here; those that are tied come together where the products are added up.
-    problem, state = _untied(problem, state)
+    problem, state = untied(problem, state)
     size = len(where)
     total = jnp.zeros((size + 1, size + 1), state.vector.dtype)
     spectrum = transform_stacks(problem.fill(state)[0], problem.psf_sigma, problem.canvas)
@@ -57,50 +56,6 @@ def information(problem: Problem, state: State, where: Footprints, kind: str = "
     return total[:size, :size]
 
 
-def _untied(problem: Problem, state: State) -> tuple[Problem, State]:
-    """Return the problem and state with a coordinate for every element."""
-    numbers = jnp.arange(len(problem.index), dtype=problem.index.dtype)
-    vector = state.vector[problem.index]
-    return eqx.tree_at(lambda p: p.index, problem, numbers), State(vector, state.images)
-
-
-def _stamp_slopes(problem: Problem, state: State, where: Footprints):
-    """Return, for each stack, the origins of its cores, and by slot what derivatives are made of: spectra and stamps.
-
-    Returns
-    -------
-    list of (origins (n, 2), spectra (slot, n, channel), stamps (slot, n, plane, h, w))
-    """
-    slot, of_flux = slot_of_elements(problem)
-
-    def stamps(vector):
-        stacks = problem.fill(State(vector, state.images))[0]
-        return [
-            _core(*each).stamps(problem.psf_sigma) for each in zip(stacks, where.cores, where.core_sizes, strict=True)
-        ]
-
-    stacks = problem.fill(state)[0]
-    values, along = jax.linearize(stamps, state.vector)
-    basis = jnp.asarray(slot == np.arange(of_flux)[:, None], state.vector.dtype)
-    slopes = jax.vmap(along)(basis) if of_flux else [jnp.zeros((0, *value.shape), value.dtype) for value in values]
-    result = []
-    for stack, first, value, slope in zip(stacks, where.cores, values, slopes, strict=True):
-        spectra = jnp.concatenate(
-            [jnp.broadcast_to(stack.spectra, (of_flux, *stack.spectra.shape)), stack.flux_gain[None]]
-        )
-        origins = stack.origin if first is None else first
-        result.append((origins, spectra, jnp.concatenate([slope, value[None]])))
-    return result
-
-
-def _core(stack: Stack, first, size) -> Stack:
-    """Return the stack with its stamps cut to `size` from `first` on."""
-    if size is None:
-        return stack
-    cut = jax.vmap(lambda mask, start: lax.dynamic_slice(mask, start, size))(stack.mask, first - stack.origin)
-    return eqx.tree_at(lambda s: (s.origin, s.mask), stack, (first, cut))
-
-
 def _component_images(problem: Problem, state: State, where: Footprints, kind: str, spectrum):
     """Return the derivatives of the residuals along the slots of all components of a color together.
 
@@ -111,21 +66,19 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
     array, shape (member, slot, channel)
         What their images have to be multiplied with.
     """
-    parts = _stamp_slopes(problem, state, where)
+    slopes = slopes_of_stamps(problem, state, where.cores, where.core_sizes)
     images = problem.fill(state)[1]
     render = [_along_spectrum(image.quick() if where.is_quick else image, kind, spectrum) for image in images]
-    num_slots = len(parts[0][1])
-    ends = np.cumsum([len(origins) for origins, _, _ in parts])
+    num_slots = where.places.shape[1]
+    ends = np.cumsum([len(each.origin) for each in slopes])
     # All channels show the same, unless shapes differ between them.
-    planes = max(stamps.shape[2] for _, _, stamps in parts)
+    planes = max(each.stamps.shape[2] for each in slopes)
 
     def one(number):
         color, slot = number // num_slots, number % num_slots
         canvas = jnp.zeros((planes, *problem.canvas[1:]), state.vector.dtype)
-        for (origins, _, stamps), end in zip(parts, ends, strict=True):
-            members = where.color[end - len(origins) : end] == color
-            shown = jnp.broadcast_to(members[:, None], (len(origins), planes)).astype(canvas.dtype)
-            canvas = add_stamps(canvas, shown, stamps[slot], origins)
+        for each, end in zip(slopes, ends, strict=True):
+            canvas = each.add_to(canvas, where.color[end - len(each.origin) : end] == color, slot)
         modes = jnp.broadcast_to(fourier.transform(canvas), spectrum.shape)
         return [function(modes) for function in render]
 
@@ -135,8 +88,7 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
 
     blank = [jnp.zeros((where.room * num_slots, *image.data.shape), image.data.dtype) for image in images]
     filled = lax.fori_loop(0, where.num_visits, step, blank)
-    gains = jnp.concatenate([spectra.swapaxes(0, 1) for _, spectra, _ in parts])
-    return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled], gains
+    return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled], padded_gains(slopes, num_slots)
 
 
 def _along_spectrum(image: Image, kind: str, spectrum: Complex[Array, "channel k l"]) -> Callable:
@@ -172,37 +124,41 @@ def _own_images(
 def _add_pairs(total, images, gains, own, pairs: Pairs, where: Footprints, channels, own_places):
     """Add the products of the derivatives of components with one another and with those of the observation."""
     _, num_slots, num_channels, height, width = images.shape
-    window = pairs.window
+    window, block = pairs.window, block_size(num_slots)
 
     def corner(box):
         zero = jnp.zeros_like(box[0])
         return zero, jnp.minimum(box[0], height - window[0]), jnp.minimum(box[2], width - window[1])
 
-    def tile(member, box):
+    def tile(member, first, box):
         zero, y, x = corner(box)
-        cut = lax.dynamic_slice(images, (where.color[member], zero, zero, y, x), (1, num_slots, num_channels, *window))[
-            0
-        ]
+        start = where.color[member], first * block, zero, y, x
+        cut = lax.dynamic_slice(images, start, (1, block, num_channels, *window))[0]
+        gain = lax.dynamic_slice_in_dim(gains[member], first * block, block)
         rows, columns = y + jnp.arange(window[0]), x + jnp.arange(window[1])
         inside = ((rows >= box[0]) & (rows < box[1]))[:, None] & (columns >= box[2]) & (columns < box[3])
-        return jnp.where(inside, cut * gains[member][..., None, None], 0.0).reshape(num_slots, num_channels, -1)
+        return jnp.where(inside, cut * gain[..., None, None], 0.0).reshape(block, num_channels, -1)
+
+    def places_of(member, first):
+        return lax.dynamic_slice_in_dim(where.places[member], first * block, block)[:, channels].T
 
     def with_own(number, total):
-        member, box = pairs.members[number, 0], pairs.box[number]
+        member, first, box = pairs.members[number, 0], pairs.blocks[number, 0], pairs.box[number]
         zero, y, x = corner(box)
         part = lax.dynamic_slice(own, (zero, zero, y, x), (len(own), num_channels, *window))
         part = part.reshape(len(own), num_channels, -1)
-        product = jnp.einsum("acp,bcp->cab", tile(member, box), part, precision="highest")
-        places = where.places[member][:, channels].T
+        product = jnp.einsum("acp,bcp->cab", tile(member, first, box), part, precision="highest")
+        places = places_of(member, first)
         total = total.at[places[:, :, None], own_places].add(product)
         return total.at[own_places[:, None], places[:, None, :]].add(product.swapaxes(1, 2))
 
     def one(number, total):
-        (first, second), box = pairs.members[number], pairs.box[number]
-        product = jnp.einsum("acp,bcp->cab", tile(first, box), tile(second, box), precision="highest")
-        rows, columns = (where.places[member][:, channels].T for member in (first, second))
+        ends = list(zip(pairs.members[number], pairs.blocks[number], strict=True))
+        first, second = (tile(*end, pairs.box[number]) for end in ends)
+        product = jnp.einsum("acp,bcp->cab", first, second, precision="highest")
+        rows, columns = (places_of(*end) for end in ends)
         total = total.at[rows[:, :, None], columns[:, None, :]].add(product)
-        mirrored = jnp.where(first == second, 0.0, product.swapaxes(1, 2))
+        mirrored = jnp.where(number < pairs.num_single, 0.0, product.swapaxes(1, 2))
         return total.at[columns[:, :, None], rows[:, None, :]].add(mirrored)
 
     if len(own):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,64 +22,25 @@ from scenefit.arrays.compilation import as_floats, as_integers, compiled
 from scenefit.arrays.progress import with_progress
 from scenefit.arrays.stamps import add_stamps
 from scenefit.data.observation import Observation
-from scenefit.infer.footprints import Footprints, covered_pixels, footprints, own_leaves, slot_of_elements
+from scenefit.infer.footprints import Footprints, covered_pixels, footprints, own_leaves
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import AMPLITUDES, Problem, State
 from scenefit.infer.quadratic import spread_curvature
+from scenefit.infer.slopes import StampSlopes, padded_gains, stamp_slopes, untied
 from scenefit.model.scene import Scene
 
 NEGLIGIBLE = 1e-5
 """Derivative images are cut to where they are larger than this fraction of their largest value."""
+SLOT_STEP = 8
+"""Slots whose derivatives are computed at a time come in multiples of this number: few distinct shapes."""
 ACHROMATIC = ("shift", "rotation")
 """Parameters of an observation that act on all channels; each number of the others acts on one."""
-
-
-class StampSlopes(eqx.Module):
-    """What the derivatives of a stack's components are made of, by slot: those of shapes first, that of all fluxes last.
-
-    Attributes
-    ----------
-    stamps : array, shape (slot, n, plane, h, w)
-        Derivatives of the stamps along the elements' own coordinates; in the last slot the stamps.
-    gains : array, shape (slot, n, channel)
-        Flux in every channel; in the last slot what each channel shows of the entry of the spectrum that it shows.
-    """
-
-    stamps: Float[Array, "slot n plane h w"]
-    gains: Float[Array, "slot n channel"]
-
-
-def untied(problem: Problem, state: State) -> tuple[Problem, State]:
-    """Return the problem and state with a coordinate of its own for every element."""
-    numbers = jnp.arange(len(problem.index), dtype=problem.index.dtype)
-    return eqx.tree_at(lambda p: p.index, problem, numbers), State(state.vector[problem.index], state.images)
 
 
 def free_coordinates(problem: Problem) -> np.ndarray:
     """Return the free coordinates that any element uses."""
     index = np.unique(np.asarray(problem.index))
     return index[np.asarray(problem.free.vector)[index]]
-
-
-@compiled
-def stamp_slopes(problem: Problem, state: State) -> list[StampSlopes]:
-    """Return the derivatives of all stamps, one element of each component at a time, for every stack."""
-    slot, of_flux = slot_of_elements(problem)
-    problem, state = untied(problem, state)
-
-    def stamps(vector):
-        return [stack.stamps(problem.psf_sigma) for stack in problem.fill(State(vector, state.images))[0]]
-
-    values, along = jax.linearize(stamps, state.vector)
-    basis = jnp.asarray(slot == np.arange(of_flux)[:, None], state.vector.dtype)
-    slopes = jax.vmap(along)(basis) if of_flux else [jnp.zeros((0, *value.shape), value.dtype) for value in values]
-    result = []
-    for stack, value, slope in zip(problem.fill(state)[0], values, slopes, strict=True):
-        spectra = jnp.broadcast_to(stack.spectra, (of_flux, *stack.spectra.shape))
-        result.append(
-            StampSlopes(jnp.concatenate([slope, value[None]]), jnp.concatenate([spectra, stack.flux_gain[None]]))
-        )
-    return result
 
 
 def information_matrix(
@@ -174,18 +134,22 @@ def _component_parts(problem, state, layout, scene, observations, where, slopes,
     starts = np.concatenate([[0], np.cumsum([len(stack.origin) for stack in problem.stacks])])
     numbers = np.array([starts[member.stack] + member.row for member in layout.members], int)
     places, color = np.asarray(where.places), np.asarray(where.color)
-    gains = np.concatenate([np.asarray(each.gains).swapaxes(0, 1) for each in slopes])
+    gains = np.asarray(padded_gains(slopes, places.shape[1]))
     counts = places < len(where)
     colors = [c for c in range(int(color.max(initial=0)) + 1) if counts[numbers[color[numbers] == c]].any()]
     for c in with_progress(colors, "errors of fluxes", progress):
-        images = jax.device_get(_images_of_color(problem, state, slopes, where.color, as_integers(c)))
+        slots = np.flatnonzero(counts[numbers[color[numbers] == c]].any(axis=(0, 2)))
+        padded = np.pad(slots, (0, -len(slots) % SLOT_STEP), mode="edge")
+        images = jax.device_get(
+            _images_of_color(problem, state, slopes, where.color, as_integers(c), as_integers(padded))
+        )
         for n, image in enumerate(images):
             channels = np.array(problem.images[n].renderer.channels)
             for member in np.nonzero(color[numbers] == c)[0]:
                 number, box = numbers[member], boxes[n][member]
-                shown = image[:, :, box[0] : box[1], box[2] : box[3]].swapaxes(0, 1)
-                shown = shown * gains[number][:, channels].T[..., None, None].astype(shown.dtype)
-                part = _cropped(_Block(box, shown, places[number][:, channels].T))
+                shown = image[: len(slots), :, box[0] : box[1], box[2] : box[3]].swapaxes(0, 1)
+                shown = shown * gains[number][slots][:, channels].T[..., None, None].astype(shown.dtype)
+                part = _cropped(_Block(box, shown, places[number][slots][:, channels].T))
                 if part.images.size:
                     parts[n].append(part)
     return parts
@@ -205,8 +169,15 @@ def _cropped(part: _Block) -> _Block:
 
 
 @compiled
-def _images_of_color(problem: Problem, state: State, slopes, color: Int[Array, " member"], number: Int[Array, ""]):
-    """Return the derivatives of all residuals along every slot of all components of a color, for a flux of 1 in each channel.
+def _images_of_color(
+    problem: Problem,
+    state: State,
+    slopes: Sequence[StampSlopes],
+    color: Int[Array, " member"],
+    number: Int[Array, ""],
+    slots: Int[Array, " slot"],
+):
+    """Return the derivatives of all residuals along slots of all components of a color, for a flux of 1 in each channel.
 
     Returns
     -------
@@ -221,21 +192,19 @@ def _images_of_color(problem: Problem, state: State, slopes, color: Int[Array, "
 
     def one(slot):
         canvas = jnp.zeros((planes, *problem.canvas[1:]), state.vector.dtype)
-        for stack, each, end in zip(stacks, slopes, ends, strict=True):
-            members = color[end - len(stack.origin) : end] == number
-            shown = jnp.broadcast_to(members[:, None], (len(stack.origin), planes)).astype(canvas.dtype)
-            canvas = add_stamps(canvas, shown, each.stamps[slot], stack.origin)
+        for each, end in zip(slopes, ends, strict=True):
+            canvas = each.add_to(canvas, color[end - len(each.origin) : end] == number, slot)
         modes = jnp.broadcast_to(fourier.transform(canvas), spectrum.shape)
         return [function(modes) for function in render]
 
-    return lax.map(one, jnp.arange(len(slopes[0].stamps)))
+    return lax.map(one, slots)
 
 
 def _transform(problem: Problem, stacks, slopes):
     """Return the Fourier transform of the model image."""
     canvas = jnp.zeros(problem.canvas, jnp.result_type(float))
     for stack, each in zip(stacks, slopes, strict=True):
-        canvas = add_stamps(canvas, stack.spectra, each.stamps[-1], stack.origin)
+        canvas = add_stamps(canvas, stack.spectra, each.stamps[0], stack.origin)
     return fourier.transform(canvas)
 
 

@@ -24,7 +24,7 @@ from scenefit.arrays.compilation import as_integers, compiled
 from scenefit.arrays.progress import with_progress
 from scenefit.data.observation import Observation
 from scenefit.infer.inverse import SINGULAR, covariance_of
-from scenefit.infer.jacobian import StampSlopes, information_matrix
+from scenefit.infer.jacobian import information_matrix
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import (
@@ -37,6 +37,7 @@ from scenefit.infer.quadratic import (
     on_face,
     prior_terms,
 )
+from scenefit.infer.slopes import StampSlopes
 from scenefit.model.scene import Scene
 
 MAX_ITERATIONS = 400

@@ -26,6 +26,7 @@ from scenefit.model.packing import Member, model_psf_sigma, pack
 from scenefit.model.parameters import IMAGES, Parameters, unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
+from scenefit.sky.frame import Frame
 
 
 class Layout(eqx.Module):
@@ -73,7 +74,7 @@ def build(
     components = list(scene.components())
     stacks, members = pack(frame, components, unit, whole_frame=whole_frame, roomy=roomy)
     images = [_as_image(obs, level, unit, parameters) for obs, level in zip(observations, levels, strict=True)]
-    table = _element_table(stacks, members, observations, levels, parameters)
+    table = _element_table(frame, stacks, members, observations, levels, parameters)
     layout = Layout(members, levels, [obs.matched_renderer for obs in observations], table.places)
     free_images, image_low, image_priors = _image_bounds(stacks, members, parameters)
     lowest, highest = table.coordinate_bounds()
@@ -311,9 +312,21 @@ class _ElementTable:
         self.places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(
-        self, kind, number, name, value, entries, parameters: Parameters, linear: bool, unit: float | np.ndarray = 1.0
+        self,
+        kind,
+        number,
+        name,
+        value,
+        entries,
+        parameters: Parameters,
+        linear: bool,
+        unit: float | np.ndarray = 1.0,
+        limits: tuple[np.ndarray, np.ndarray] | None = None,
     ):
-        """Add an array; `entries` are (path, indices into the array) of the parameters that it holds."""
+        """Add an array; `entries` are (path, indices into the array) of the parameters that it holds.
+
+        Values stay within `limits` (of their last axis), if there are any, and where they are.
+        """
         value = np.asarray(value, dtype=float)
         # A row may be longer than the parameter: padded.
         specs = [
@@ -334,6 +347,8 @@ class _ElementTable:
             if not disk:
                 low[where], high[where] = (bound / units[where] for bound in _range(parameter))
                 _check_start(parameter, value[where], low[where], high[where])
+        if limits is not None:
+            low, high = np.minimum(limits[0], value), np.maximum(limits[1], value)
         coordinate = value if linear else unconstrained(value, low, high)
         if disk:
             coordinate = value / np.sqrt(np.maximum(1 - np.sum(value**2, axis=-1, keepdims=True), 1e-6))
@@ -367,9 +382,9 @@ class _ElementTable:
             self.free[own] = False
 
 
-def _element_table(stacks, members, observations, levels, parameters) -> _ElementTable:
-    """Return the elements of all stacks and observations."""
-    table = _ElementTable()
+def _element_table(frame: Frame, stacks, members, observations, levels, parameters) -> _ElementTable:
+    """Return the elements of all stacks and observations; centers don't leave the frame."""
+    table, limits = _ElementTable(), (np.full(2, -0.5), np.array(frame.box.shape) - 0.5)
     rows: list[list[tuple[str, Member]]] = [[] for _ in stacks]
     for member in members:
         rows[member.stack].append((member.path, member))
@@ -378,7 +393,7 @@ def _element_table(stacks, members, observations, levels, parameters) -> _Elemen
         def entries(suffix, rows=rows[number]):
             return [(f"{path}.{suffix}", np.s_[member.row]) for path, member in rows]
 
-        table.add("stack", number, "center", stack.center, entries("center"), parameters, linear=True)
+        table.add("stack", number, "center", stack.center, entries("center"), parameters, linear=True, limits=limits)
         units = np.ones(stack.flux.shape)
         for _, member in rows[number]:
             units[member.row] = member.flux_unit

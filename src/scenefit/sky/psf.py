@@ -1,7 +1,7 @@
 """Point spread functions: known to the rest of scenefit by their transfer function alone.
 
-A PSF says how the light of a point source falls on an observation's pixels, pixel response included, so that
-`transfer(0) = 1`: total flux is conserved.
+A PSF says how the light of a point source falls on an observation's pixels, pixel response included. `transfer(0)` is the share
+of it that the PSF describes: 1, or less for an image that was cut out of a larger one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from scenefit.arrays import fourier
 from scenefit.sky import units
 
+LEAST_ENCLOSED = 0.9
+"""Images that sum to at least this, and at most 1, are taken to be cut out of a PSF of unit flux."""
 EXTENT_TOLERANCE = 1e-4
 """Beyond its extent a PSF stays below this fraction of its peak."""
 
@@ -128,7 +130,7 @@ class GaussianPSF(AbstractPSF):
 
 
 class ImagePSF(AbstractPSF):
-    """An image of a point source, per channel; scaled to unit sum.
+    """An image of a point source, per channel.
 
     Parameters
     ----------
@@ -141,19 +143,23 @@ class ImagePSF(AbstractPSF):
         odd-sized and brightest within a pixel of the middle), the peak (to a fraction of a pixel, from a parabola
         through the brightest sample and its neighbours), the flux-weighted mean, or a given place. The image is
         recentred exactly, by a phase in Fourier space.
+    enclosed_flux : float or array, shape (channel,), optional
+        Share of a point's flux that falls on the image; the rest counts as spread too widely to be seen. By default the sum of
+        the image if that is between 0.9 and 1, as of one cut out of a PSF of unit flux, otherwise 1.
 
     Raises
     ------
     ValueError
         If the image has the wrong number of axes, holds NaN or infinities, has a sum that isn't positive, is
-        even-sized or off-centre without `center`, or if `oversampling` is below 1.
+        even-sized or off-centre without `center`, if `oversampling` is below 1, or `enclosed_flux` isn't above 0 and at most 1.
     """
 
     image: np.ndarray
     oversampling: float = eqx.field(static=True)
     center: np.ndarray
+    enclosed_flux: np.ndarray
 
-    def __init__(self, image, *, oversampling: int | float = 1, center=None):
+    def __init__(self, image, *, oversampling: int | float = 1, center=None, enclosed_flux=None):
         image = np.array(units.as_numbers(image, "A PSF image"))
         if image.ndim == 2:
             image = image[None]
@@ -170,6 +176,11 @@ class ImagePSF(AbstractPSF):
         self.image = image / total[:, None, None]
         self.oversampling = float(oversampling)
         self.center = np.stack([_find_center(plane, center) for plane in self.image])
+        if enclosed_flux is None:
+            enclosed_flux = np.where((total >= LEAST_ENCLOSED) & (total <= 1), total, 1.0)
+        self.enclosed_flux = np.broadcast_to(np.asarray(enclosed_flux, dtype=float), total.shape).copy()
+        if not ((self.enclosed_flux > 0) & (self.enclosed_flux <= 1)).all():
+            raise ValueError(f"The enclosed flux of a PSF image is above 0 and at most 1; got {enclosed_flux}.")
 
     @property
     def num_channels(self) -> int:  # noqa: D102
@@ -208,7 +219,8 @@ class ImagePSF(AbstractPSF):
             else:
                 value[c, inside] = fourier.sample_spectrum_nonuniform(plane, qy[inside], qx[inside], center, spacing)
         # At frequency 0 exactly, whatever the route: flux is conserved.
-        return np.where((qy == 0) & (qx == 0), 1.0, np.where(inside, value, 0.0))
+        value = np.where((qy == 0) & (qx == 0), 1.0, np.where(inside, value, 0.0))
+        return self.enclosed_flux[:, None, None] * value
 
 
 def _find_center(plane: np.ndarray, center) -> np.ndarray:

@@ -17,10 +17,10 @@ from astropy.table import QTable
 from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.infer import posterior
 from scenefit.infer.fit import FitResult
-from scenefit.infer.jacobian import stamp_slopes
 from scenefit.infer.laplace import marginal_covariance, vector_covariance
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
+from scenefit.infer.slopes import stamp_slopes
 from scenefit.model.morphology import AbstractImageMorphology, parameter_values
 from scenefit.model.packing import component_box
 from scenefit.model.parameters import IMAGES
@@ -270,9 +270,9 @@ def nuisance_errors(
 ) -> dict[str, np.ndarray]:
     """Return the standard errors of the free parameters of observations: offsets, rotations, backgrounds and the like.
 
-    Everything else is marginalised over, the pixels of free images included: diagonal elements of the inverse of the Gauss-Newton
-    Hessian, by conjugate gradients, one solution a number. Pixels and fluxes at a bound count as known, but parameters that
-    are asked for as free.
+    Everything else is marginalised over: diagonal elements of the inverse of the Gauss-Newton Hessian. Without free images it is
+    the matrix behind `catalog`. With them, their pixels are marginalised over too, by conjugate gradients, one solution a number;
+    pixels and fluxes at a bound count as known then.
 
     Parameters
     ----------
@@ -286,8 +286,8 @@ def nuisance_errors(
     Returns
     -------
     dict of array
-        By path, in the units and shapes of the parameters; infinite where nothing determines them. About a percent too small
-        where conjugate gradients converge slowly.
+        By path, in the units and shapes of the parameters; infinite where nothing determines them. With free images about a
+        percent too small where conjugate gradients converge slowly.
 
     Raises
     ------
@@ -311,9 +311,14 @@ def nuisance_errors(
     elements = {path: layout.places[path] for path in paths}
     index = np.asarray(problem.index)
     numbers = np.unique(np.concatenate([index[where].ravel() for where, _ in elements.values()]))
-    variance = np.full(len(index), np.nan)
-    inside = _inside_bounds(problem, state, numbers)
-    variance[numbers] = np.diag(marginal_covariance(problem, inside, numbers, progress))
+    variance, inside = np.full(len(index), np.nan), _inside_bounds(problem, state, numbers)
+    if any(np.any(image) for image in problem.free.images):
+        variance[numbers] = np.diag(marginal_covariance(problem, inside, numbers, progress))
+    else:
+        known, covariance = vector_covariance(
+            problem, state, layout, result.scene, result.observations, progress=progress
+        )
+        variance[known] = covariance.diagonal()
     sigma = np.sqrt(np.where(np.isfinite(variance), variance, np.inf))
     # Each of these elements is a function of one coordinate.
     slope = np.abs(np.asarray(_slopes(problem, inside), dtype=float))

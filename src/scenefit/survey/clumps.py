@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +18,16 @@ from scenefit.model.source import Source
 from scenefit.sky.frame import pixel_map
 from scenefit.survey.envelopes import columns, psf_image, solve_nonnegative
 
-CLUMP_ROUNDS, CLUMP_SIGNIFICANCE = 3, 4.0
+CLUMP_ROUNDS, CLUMP_SIGNIFICANCE = 4, 4.0
 """How often clumps are looked for, and the least significance of their peaks."""
-CLUMP_REACH, CLUMP_GAP = 4.0, 1.5
+CLUMP_REACH, CLUMP_GAP = 5.0, 1.5
 """Half-light radii of its host up to which a clump belongs to it, and widths of the PSF that it is away from all centers."""
-MAX_CLUMPS, SOLVE_STEPS = 8, 200
-"""Clumps of a source at most; accelerated gradient steps for their light where there are many."""
+CLUMP_SHARE = 0.02, 0.7
+"""Share of a clump in the light of its host: median, and width in the logarithm."""
+DISK_SCALE = 1.678
+"""Half-light radius of an exponential disk in its scale lengths."""
+MAX_CLUMPS, SOLVE_STEPS, SHARING_STEPS = 24, 200, 50
+"""Clumps of a source at most; accelerated gradient steps for their light where there are many; steps for their hosts."""
 
 
 def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -39,27 +44,55 @@ def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, 
     sources = single_sources(scene)
     hosts = {name: source for name, source in sources.items() if isinstance(source.morphology, SersicMorphology)}
     centers = np.array([source.center for source in sources.values()])
-    clumps = _Clumps([], np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0), np.ones(len(hosts)))
+    clumps = _Clumps(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0), np.ones(len(hosts)))
     for _ in range(CLUMP_ROUNDS if hosts else 0):
         smooth, threshold = _smoothed(view.rest(hosts, clumps), core)
         peaks = np.array([refine_peak(smooth, (y, x)) for y, x in find_peaks(smooth, threshold).tolist()])
         if not len(peaks):
             break
         places = pixel_map(obs.wcs, scene.frame.wcs, peaks[:, 0], peaks[:, 1])
-        before = len(clumps.hosts)
+        known = len(clumps.light)
         for pixel, place in zip(peaks, places, strict=True):
-            away = np.hypot(*(centers - place).T).min()
-            apart = np.hypot(*(clumps.places - place).T).min(initial=np.inf)
-            if away < CLUMP_GAP * sigma or apart < CLUMP_GAP * sigma:
-                continue
-            reach = {name: _radii_away(source, place) for name, source in hosts.items()}
-            host = min(reach, key=reach.__getitem__)
-            if reach[host] < CLUMP_REACH and clumps.hosts.count(host) < MAX_CLUMPS:
-                clumps = clumps.added(host, pixel, place)
-        if len(clumps.hosts) == before:
+            away = np.hypot(*(np.concatenate([centers, clumps.places]) - place).T).min()
+            within = min(_radii_away(source, place[None])[0] for source in hosts.values())
+            if away > CLUMP_GAP * sigma and within < CLUMP_REACH:
+                clumps = clumps.added(pixel, place)
+        if len(clumps.light) == known:
             break
         clumps = view.solved(hosts, clumps)
-    return {name: _of_source(name, scene, hosts, clumps) for name in scene.sources}
+    host = clump_hosts(list(hosts.values()), clumps.places, clumps.light)
+    return {name: _of_source(name, scene, hosts, clumps, host) for name in scene.sources}
+
+
+def clump_hosts(sources: Sequence[Source], places: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """Return which source each clump belongs to, shape (clump,).
+
+    Clumps are taken to be strewn over their host as the light of an exponential disk is, each with a few percent of its light,
+    and some galaxies to have many, others none: how many each has and whose a clump is are found in turns, by expectation and
+    maximisation (Dempster, Laird & Rubin 1977, J. R. Stat. Soc. B 39, 1).
+
+    Parameters
+    ----------
+    sources : sequence of Source
+        With Sersic profiles, of one channel or more.
+    places : array, shape (clump, 2)
+        (y, x) on the frame.
+    light : array, shape (clump,)
+        Mean flux over the channels.
+    """
+    if not len(light):
+        return np.zeros(0, int)
+    away = np.stack([_radii_away(source, places) for source in sources], axis=-1)
+    areas = np.array([float(parameter_values(source.morphology)["half_light_radius"]) ** 2 for source in sources])
+    fluxes = np.array([float(np.mean(source.spectrum.flux)) for source in sources])
+    shares = np.log(light[:, None] / fluxes / CLUMP_SHARE[0]) / CLUMP_SHARE[1]
+    density = np.where(away < CLUMP_REACH, np.exp(-DISK_SCALE * away - 0.5 * shares**2), 0.0) / areas
+    counts, chance = np.ones(len(sources)), density
+    for _ in range(SHARING_STEPS):
+        chance = counts * density
+        chance /= np.maximum(chance.sum(axis=1, keepdims=True), 1e-300)
+        counts = chance.sum(axis=0)
+    return np.argmax(chance, axis=1)
 
 
 def single_sources(scene: Scene) -> dict[str, Source]:
@@ -68,27 +101,27 @@ def single_sources(scene: Scene) -> dict[str, Source]:
 
 
 class _Clumps(NamedTuple):
-    """Clumps so far: hosts, pixels (y, x) of the image, places on the frame, light; and the scales of all hosts' profiles."""
+    """Clumps so far: pixels (y, x) of the image, places on the frame, light; and the scales of all hosts' profiles."""
 
-    hosts: list[str]
     pixels: np.ndarray
     places: np.ndarray
     light: np.ndarray
     scales: np.ndarray
 
-    def added(self, host: str, pixel: np.ndarray, place: np.ndarray) -> _Clumps:
+    def added(self, pixel: np.ndarray, place: np.ndarray) -> _Clumps:
         """Return one more, without light."""
         pixels, places = (np.concatenate([a, b[None]]) for a, b in ((self.pixels, pixel), (self.places, place)))
-        return _Clumps([*self.hosts, host], pixels, places, np.append(self.light, 0.0), self.scales)
+        return _Clumps(pixels, places, np.append(self.light, 0.0), self.scales)
 
 
 class _SharpView:
     """An image, the mean of its channels, with what profiles and points look like on it."""
 
     def __init__(self, obs: Observation, scene: Scene):
-        weight = 1 / obs.noise.level() ** 2
+        has_data = obs.compared.any(axis=(1, 2))
+        weight = np.where(has_data, 1 / obs.noise.level() ** 2, 0.0)
         self.obs, self.scene, self.share = obs, scene, weight / weight.sum()
-        self.seen = obs.compared.all(axis=0)
+        self.seen = obs.compared[has_data].all(axis=0)
         self.psf, self.area = psf_image(obs, np.eye(2)), Box((obs.shape[1], obs.shape[2]))
         self.data = self._mean(np.where(self.seen, obs.data - obs.render(scene), 0.0))
         self.profiles: dict[str, np.ndarray] = {}
@@ -123,36 +156,33 @@ class _SharpView:
 
     def solved(self, hosts, clumps: _Clumps) -> _Clumps:
         """Return the clumps that have light, with what fits best, and the scales of their hosts' profiles."""
-        names = list(hosts)
-        used = [n for n, name in enumerate(names) if name in clumps.hosts]
         whole = slice(None), slice(None)
-        profiles = [(whole, self.profile(names[n])) for n in used]
+        profiles = [(whole, self.profile(name)) for name in hosts]
         design = columns(self.data.shape, profiles + [self.point(pixel) for pixel in clumps.pixels])
         data = np.where(self.seen, self.data + sum(image for _, image in profiles), np.nan)
         solution = solve_nonnegative(design, data, np.zeros(design.shape[1]), SOLVE_STEPS)
-        scales, light = np.ones(len(names)), solution[len(used) :]
-        scales[used] = solution[: len(used)]
+        scales, light = solution[: len(hosts)], solution[len(hosts) :]
         kept = light > 0
-        left = [host for host, keep in zip(clumps.hosts, kept, strict=True) if keep]
-        return _Clumps(left, clumps.pixels[kept], clumps.places[kept], light[kept], scales)
+        return _Clumps(clumps.pixels[kept], clumps.places[kept], light[kept], scales)
 
 
-def _of_source(name: str, scene: Scene, hosts, clumps: _Clumps) -> tuple[np.ndarray, np.ndarray]:
-    """Return the offsets of the clumps of a source, and their shares in its light."""
-    own = np.array([host == name for host in clumps.hosts], bool)
-    if not own.any():
+def _of_source(name: str, scene: Scene, hosts, clumps: _Clumps, host: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the offsets of the clumps of a source, the brightest first, and their shares in its light."""
+    if name not in hosts:
         return np.zeros((0, 2)), np.zeros(0)
-    source = single_sources(scene)[name]
-    smooth = clumps.scales[list(hosts).index(name)] * float(np.mean(source.spectrum.flux))
-    return clumps.places[own] - source.center, clumps.light[own] / (smooth + clumps.light[own].sum())
+    number, source = list(hosts).index(name), hosts[name]
+    own = np.flatnonzero(host == number)
+    own = own[np.argsort(-clumps.light[own])][:MAX_CLUMPS]
+    total = clumps.scales[number] * float(np.mean(source.spectrum.flux)) + clumps.light[own].sum()
+    return clumps.places[own] - source.center, clumps.light[own] / max(total, 1e-30)
 
 
-def _radii_away(source: Source, place: np.ndarray) -> float:
-    """Return how far a place is from a source, in half-light radii of its ellipse."""
+def _radii_away(source: Source, places: np.ndarray) -> np.ndarray:
+    """Return how far places (n, 2) are from a source, in half-light radii of its ellipse."""
     shape = parameter_values(source.morphology)
-    (y, x), (e1, e2) = place - source.center, shape["ellipticity"]
+    (y, x), (e1, e2) = (places - source.center).T, shape["ellipticity"]
     squared = ((1 + e1) * y**2 - 2 * e2 * x * y + (1 - e1) * x**2) / np.sqrt(1 - e1**2 - e2**2)
-    return float(np.sqrt(max(squared, 0.0)) / shape["half_light_radius"])
+    return np.sqrt(np.maximum(squared, 0.0)) / float(shape["half_light_radius"])
 
 
 def _smoothed(image: np.ndarray, core: float) -> tuple[np.ndarray, float]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpyro.distributions as dist
 
+from scenefit.arrays.box import Box
 from scenefit.arrays.profiles import SERSIC_RANGE
 from scenefit.data.observation import Observation
 from scenefit.infer.fit import fit
@@ -33,6 +34,10 @@ DISK_SIZE, BULGE_SIZE = 1.1, 0.45
 """Medians of the log-normal priors of the half-light radii, in units of that of the single profile."""
 DISK_SPREAD, BULGE_SPREAD, SIZE_ERROR = 0.25, 0.35, 6.0
 """Widths of these priors in the logarithm; that of a disk is wider for faint sources, by so much over their significance."""
+CENTER_SCATTER = 3.0
+"""Width of the priors of centers about the given positions, in widths of the sharpest PSF."""
+SEEN_WITHIN = 6.0
+"""A source is seen in an image that has data within so many widths of its PSF: the core of a star may be saturated."""
 ELLIPTICITY_SCATTER = 0.35
 """Width of the priors of ellipticities, each component."""
 SHARE_SLOPE, SHARE_FROM, SHARE_RANGE = 0.2, 1.1, (0.03, 0.8)
@@ -83,7 +88,13 @@ def automatic_scene(
     shown = list(frame.channel_index(sharpest.channels))
     flux_of = dict(zip(envelopes, fluxes, strict=True))
     seen = {name: envelope for name, envelope in envelopes.items() if _is_seen(frame, sharpest, envelope.center)}
-    first = Scene(single, {name: _single(each, flux_of[name][shown], sigma) for name, each in seen.items()})
+    nearby = {
+        name: {"center": dist.Normal(envelope.center, CENTER_SCATTER * sigma)} for name, envelope in envelopes.items()
+    }
+    first = Scene(
+        single,
+        {name: _with_priors(_single(each, flux_of[name][shown], sigma), nearby[name]) for name, each in seen.items()},
+    )
     result = fit(first, [sharpest], rtol=FIRST_TOLERANCE, max_steps=FIRST_STEPS, progress=progress)
     clumps = find_clumps(result, sigma)
     # A profile of any size where the sharpest image says nothing.
@@ -93,14 +104,24 @@ def automatic_scene(
     for name, source in single_sources(result.scene).items():
         significance = _significance(source, sharpest, frame, sigma)
         sources[name] = _family(source, flux_of[name], *clumps[name], significance)
-    return Scene(frame, sources)
+    return Scene(frame, {name: _with_priors(source, nearby[name]) for name, source in sources.items()})
+
+
+def _with_priors(source: AbstractSource, priors: dict[str, dist.Distribution]) -> AbstractSource:
+    """Return a source with more priors; of a composite, its first part."""
+    if isinstance(source, CompositeSource):
+        (first, part), *others = source.parts.items()
+        return source.with_parts({first: _with_priors(part, priors), **dict(others)})
+    assert isinstance(source, Source)
+    return source.replace(priors={**source.priors, **priors})
 
 
 def _is_seen(frame: Frame, obs: Observation, center: np.ndarray) -> bool:
-    """Return whether an observation has a pixel with information at a position on the frame."""
-    place = np.rint(pixel_map(frame.wcs, obs.wcs, center[0], center[1])).astype(int)
-    inside = (place >= 0).all() and (place < obs.shape[1:]).all()
-    return bool(inside and obs.noise.valid[:, place[0], place[1]].any())
+    """Return whether an observation has a pixel with information near a position on the frame."""
+    place = pixel_map(frame.wcs, obs.wcs, center[0], center[1])
+    box = Box.around(tuple(place), int(np.ceil(SEEN_WITHIN * obs.psf.effective_sigma.min())))
+    box = box.intersection(Box((obs.shape[1], obs.shape[2])))
+    return bool(obs.noise.valid[(slice(None), *box.slices)].any())
 
 
 def _single(envelope: Envelope, flux: np.ndarray, sigma: float) -> Source:

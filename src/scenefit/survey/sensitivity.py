@@ -16,10 +16,9 @@ from scipy import ndimage
 
 from scenefit.arrays.box import Box
 from scenefit.arrays.progress import with_progress
-from scenefit.infer.footprints import slot_of_elements
-from scenefit.infer.jacobian import StampSlopes
 from scenefit.infer.posterior import Layout, flux_coordinates
 from scenefit.infer.problem import Problem
+from scenefit.infer.slopes import StampSlopes, slot_of_elements
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.survey.measure import (

@@ -1,0 +1,147 @@
+"""What real images have: stars at edges, saturated ones, cosmic rays, dead bands, holes in the data. The truth is drawn apart.
+
+Stars are Gaussians by their formula, galaxies are disks or Gaussians drawn by GalSim; PSFs include the pixel.
+"""
+
+import numpy as np
+import pytest
+
+import scenefit as sf
+from scenefit.survey.flags import Flag
+from tests.helpers import gaussian_image, tangent_wcs
+
+galsim = pytest.importorskip("galsim")
+
+SHAPE, SCALE, PSF_SIGMA = (72, 72), 0.1, 1.7
+STAR = "star"
+# Position (y, x), flux, half-light radius in pixels (0: a star). Noise is of unit variance.
+FIELD = {STAR: ((45.3, 24.4), 9000.0, 0.0), "near": ((38.1, 38.2), 3000.0, 3.0), "far": ((14.0, 50.0), 2000.0, 2.5)}
+
+
+def draw(field, profile=galsim.Exponential):
+    """Return the image of a field without noise, with galaxies of some profile."""
+    image = galsim.ImageD(SHAPE[1], SHAPE[0], scale=1)
+    stars = np.zeros(SHAPE)
+    for (y, x), flux, radius in field.values():
+        if radius == 0:
+            stars += flux * gaussian_image(SHAPE, (y, x), PSF_SIGMA)
+            continue
+        galaxy = profile(half_light_radius=radius).shear(g1=0.15, g2=0.1)
+        seen = galsim.Convolve(galaxy, galsim.Gaussian(sigma=PSF_SIGMA)) * flux
+        # Pixels of GalSim count from 1.
+        seen.drawImage(image, center=galsim.PositionD(x + 1, y + 1), method="no_pixel", add_to_image=True)
+    return image.array + stars
+
+
+def observe(data, *, channels=("g",), **options):
+    """Return an observation of unit weights."""
+    options = options or {"weights": 1.0}
+    wcs = tangent_wcs(SHAPE, SCALE)
+    return sf.Observation(data, psf=sf.GaussianPSF(PSF_SIGMA), wcs=wcs, channels=channels, unit="nJy", **options)
+
+
+def known_positions(field, rng):
+    """Return positions as a catalogue has them, with errors of a fifth of a pixel."""
+    return np.array([place for place, _, _ in field.values()]) + rng.normal(scale=0.2, size=(len(field), 2))
+
+
+def measure(obs, positions, frame=None, model="auto"):
+    """Return the catalogue of a fit that starts from positions alone."""
+    frame = sf.Frame.from_observations([obs]) if frame is None else frame
+    scene = sf.initialize(frame, [obs], positions, model=model, progress=False)
+    return sf.catalog(sf.fit(scene, [obs], progress=False), progress=False)
+
+
+def pulls(table, field, channel="g", scale=1.0):
+    """Return the deviations of fluxes in their errors, of rows in the order of the field."""
+    true = scale * np.array([flux for _, flux, _ in field.values()])
+    return np.asarray((table[f"flux_{channel}"].value - true) / table[f"flux_err_{channel}"].value)
+
+
+def test_a_star_on_the_edge(rng):
+    """Its middle is on the outermost pixels, and its light beyond the image has room on a larger frame, as the guide asks for."""
+    field = FIELD | {STAR: ((39.3, -0.3), 40000.0, 0.0), "near": ((36.1, 12.2), 3000.0, 3.0)}
+    obs = observe(draw(field) + rng.normal(size=SHAPE))
+    room = 24
+    wcs = tangent_wcs(SHAPE, SCALE)
+    wcs.wcs.crpix += room
+    frame = sf.Frame((SHAPE[0] + 2 * room, SHAPE[1] + 2 * room), channels=["g"], wcs=wcs)
+    table = measure(obs, known_positions(field, rng) + room, frame)
+    # The star, too: of three normal numbers one is beyond 3 in a hundred fields.
+    assert np.all(np.abs(pulls(table, field)) < 3)
+    assert table["flags"][0] & Flag.MASKED
+    lost = 1 - gaussian_image(SHAPE, field[STAR][0], PSF_SIGMA).sum()
+    # 1 %: what the error of the position moves across the edge.
+    assert table["masked_fraction"][0] == pytest.approx(lost, abs=0.01)
+
+
+def test_a_saturated_star(rng):
+    """Its middle is masked, with 83 % of its light; the rest says how bright it is, and its neighbour how bright that is."""
+    field = FIELD | {STAR: ((45.3, 24.4), 60000.0, 0.0)}
+    data = draw(field, galsim.Gaussian)
+    is_saturated = data > 500
+    lost = gaussian_image(SHAPE, field[STAR][0], PSF_SIGMA)[is_saturated].sum()
+    assert lost > 0.8
+    data = np.where(is_saturated, 500, data + rng.normal(size=SHAPE))
+    obs = observe(data, weights=np.where(is_saturated, 0.0, 1.0))
+    table = measure(obs, known_positions(field, rng), model="gaussian")
+    for name in ("flux_g", "flux_err_g"):
+        assert np.isfinite(table[name]).all()
+    star = table[0]
+    assert star["flux_g"].value == pytest.approx(60000, rel=0.05)
+    assert star["flags"] & Flag.MASKED
+    assert not np.any(table["flags"][1:] & Flag.MASKED)
+    # 1 %: what the error of the position moves across the rim of the mask.
+    assert star["masked_fraction"] == pytest.approx(lost, abs=0.01)
+    assert np.all(np.abs(pulls(table, field)[1:]) < 4)
+
+
+def hit_by_cosmic_rays(data):
+    """Return an image with single hot pixels and tracks, some of them on the sources."""
+    data = data.copy()
+    for place, amplitude in {(36, 37): 300, (47, 26): 150, (12, 52): 500, (60, 10): 900, (25, 25): 80}.items():
+        data[place] += amplitude
+    for step in range(5):
+        data[40 + step, 34 + step] += 200
+        data[16 - step // 2, 44 + step] += 120
+    return data
+
+
+def test_cosmic_rays(rng):
+    """Unmasked ones spoil fluxes under Gaussian noise, and don't under that of wide wings."""
+    data = hit_by_cosmic_rays(draw(FIELD, galsim.Gaussian) + rng.normal(size=SHAPE))
+    positions = known_positions(FIELD, rng)
+    robust = measure(observe(data, noise=sf.StudentTNoise(np.ones((1, *SHAPE)), 3.0)), positions, model="gaussian")
+    plain = measure(observe(data), positions, model="gaussian")
+    assert np.all(np.abs(pulls(robust, FIELD)) < 4)
+    assert np.any(np.abs(pulls(plain, FIELD)) > 4)
+
+
+def test_a_dead_band(rng):
+    """One of three channels without any weight: it has neither flux nor error, the others are right."""
+    scales = {"g": 0.5, "r": 1.0, "i": 1.5}
+    data = np.stack([scale * draw(FIELD, galsim.Gaussian) + rng.normal(size=SHAPE) for scale in scales.values()])
+    weights = np.ones(data.shape)
+    weights[1] = 0.0
+    obs = observe(data, channels=list(scales), weights=weights)
+    table = measure(obs, known_positions(FIELD, rng), model="gaussian")
+    assert np.all(table["flags"] & Flag.NO_DATA)
+    assert np.isnan(table["flux_r"]).all()
+    assert np.isnan(table["mag_r"]).all()
+    assert np.isinf(table["flux_err_r"]).all()
+    for channel in ("g", "i"):
+        assert np.all(np.abs(pulls(table, FIELD, channel, scales[channel])) < 4)
+
+
+def test_a_source_without_data(rng):
+    """A row of the catalogue lies in a corner that no pixel shows: nothing is known of it, and all else is as it was."""
+    weights = np.ones(SHAPE)
+    weights[50:, 50:] = 0.0
+    data = np.where(weights > 0, draw(FIELD) + rng.normal(size=SHAPE), np.nan)
+    positions = np.concatenate([known_positions(FIELD, rng), [[64.0, 64.0]]])
+    table = measure(observe(data, weights=weights), positions)
+    assert list(table["id"]) == ["0", "1", "2", "3"]
+    assert np.all(np.abs(pulls(table[:3], FIELD)) < 4)
+    # Zero or some, with an error that says so.
+    assert not table["snr"][3] > 3
+    assert table["flags"][3] & Flag.MASKED
