@@ -4,6 +4,7 @@ import astropy.units as u
 import numpy as np
 import pytest
 from astropy.coordinates import SkyCoord
+from astropy.table import Table
 
 from scenefit.data.observation import Observation
 from scenefit.infer.fit import fit
@@ -295,8 +296,21 @@ def test_a_source_in_a_hole_of_the_sharp_image_has_a_start(frame, observations):
     assert_sound(initialize(frame, [holed, coarse], np.array([[16.0, 5.0], [20.0, 30.0]]), model="pixel"))
 
 
-def test_a_source_twice_in_the_catalogue_has_a_start(frame, observations):
-    assert_sound(initialize(frame, observations, np.array([[16.0, 5.0], [20.0, 30.0], [20.0, 30.0]]), model="pixel"))
+def test_a_source_twice_in_the_catalogue_counts_once(frame, observations):
+    positions = np.array([[16.0, 5.0], [20.0, 30.0], [20.0, 30.1], [22.0, 30.0]])
+    with pytest.warns(
+        UserWarning, match=r"1 catalogue source\(s\) at the place of one before them left out: rows \[2\]"
+    ):
+        scene = initialize(frame, observations, positions, model="pixel")
+    assert list(scene.sources) == ["0", "1", "3"]
+    assert_sound(scene)
+
+
+def test_a_table_of_positions(frame, observations, positions):
+    sky = frame.to_sky(positions)
+    table = Table({"ra": sky.ra, "Dec": sky.dec})
+    one, other = (initialize(frame, observations, each, model="pixel") for each in (table, sky))
+    np.testing.assert_array_equal([s.center for s in one.sources.values()], [s.center for s in other.sources.values()])
 
 
 def test_a_fit_from_the_start_recovers_the_blend(frame, observations, positions):

@@ -32,7 +32,7 @@ from scenefit.survey.candidates import (
 )
 from scenefit.survey.detections import Detections, flux_columns, length_unit, place_columns
 from scenefit.survey.envelopes import psf_width
-from scenefit.survey.listed import catalog_centers
+from scenefit.survey.listed import catalog_positions, usable_rows
 from scenefit.survey.outliers import without_outliers
 from scenefit.survey.significance import ALIKE, Layer, Sky
 from scenefit.survey.subtraction import RingShape, fit_fluxes, fit_shapes, sharp_image, templates
@@ -127,7 +127,9 @@ def detect(
     """
     observations = _checked(observations, frame, threshold, scales, scene, iterate)
     observations = [obs.match(frame) for obs in observations]
-    centers, rows = catalog_centers(frame, catalog, min(psf_width(frame, obs) for obs in observations))
+    positions = np.zeros((0, 2)) if catalog is None else catalog_positions(frame, catalog)
+    rows = usable_rows(frame, positions, min(psf_width(frame, obs) for obs in observations)).tolist()
+    centers = positions[rows]
     search, outliers = _search(frame, observations, np.asarray(scales, dtype=float), threshold, scene)
     layer = search.layers[0]
     numerator = search.sky.chosen(layer, search.planes)

@@ -9,6 +9,7 @@ import astropy.units as u
 import numpy as np
 import scipy.sparse
 from astropy.coordinates import SkyCoord
+from astropy.table import Table
 
 from scenefit.arrays.box import Box
 from scenefit.data.observation import Observation
@@ -31,6 +32,7 @@ from scenefit.survey.envelopes import (
     solve_nonnegative,
 )
 from scenefit.survey.families import automatic_scene
+from scenefit.survey.listed import catalog_positions, usable_rows
 
 MODELS = ("auto", "pixel", "gaussian", "point")
 """What sources can be made of."""
@@ -46,7 +48,7 @@ steps for many sources."""
 def initialize(
     frame: Frame,
     observations: Sequence[Observation] | Observation,
-    catalog: SkyCoord | np.ndarray | None = None,
+    catalog: SkyCoord | np.ndarray | Table | None = None,
     *,
     model: str = "auto",
     half_size=None,
@@ -64,8 +66,8 @@ def initialize(
     ----------
     frame : Frame
     observations : sequence of Observation
-    catalog : SkyCoord or array, shape (n, 2), optional
-        Positions on the sky, or (y, x) on the frame. Without them, sources are detected (`detect`).
+    catalog : SkyCoord, array of shape (n, 2), or Table with columns RA and DEC, optional
+        Positions on the sky, (y, x) on the frame, or degrees. Without them, sources are detected (`detect`).
     model : "auto", "pixel", "gaussian" or "point"
         What every source is made of: what the sharpest image asks for (`scenefit.survey.families`: points, disks with clumps,
         disks with bulges); free non-negative pixels; an elliptical Gaussian; a point.
@@ -77,8 +79,8 @@ def initialize(
     Returns
     -------
     Scene
-        Sources are named "0", "1", ... by their place in the catalogue. Those outside the frame are left out, with a
-        warning. If nothing is detected it has no sources, with a warning.
+        Sources are named "0", "1", ... by their place in the catalogue. Those outside the frame, and those at the place of one
+        before them, are left out, with a warning. If nothing is detected it has no sources, with a warning.
 
     Raises
     ------
@@ -93,7 +95,16 @@ def initialize(
         if not len(catalog):
             warnings.warn("No source was detected: the scene is empty.", stacklevel=2)
             return Scene(frame, {})
-    centers, names = _centers(frame, catalog)
+    positions = catalog_positions(frame, catalog)
+    if len(positions) == 0:
+        raise ValueError("The catalogue is empty: nothing to fit.")
+    if not any(frame.box.contains(tuple(position)) for position in positions):
+        raise ValueError(
+            f"None of the {len(positions)} catalogue sources lies in the model frame of {frame.box.shape} pixels; the "
+            f"first is at (y, x) = ({positions[0][0]:.1f}, {positions[0][1]:.1f}). Check coordinates and their units (degrees)."
+        )
+    rows = usable_rows(frame, positions, min(psf_width(frame, obs) for obs in observations))
+    centers, names = positions[rows], [str(row) for row in rows]
     sharpest = min(observations, key=lambda obs: psf_width(frame, obs))
     image, noise = detection_image(frame, sharpest)
     blur = Blur.of(frame, sharpest)
@@ -110,28 +121,6 @@ def initialize(
         box = Box.around(tuple(envelope.center), half).intersection(frame.box)
         sources[name] = Source(envelope.center, flux, _morphology(model, envelope, box, model_psf_sigma(frame)))
     return Scene(frame, sources)
-
-
-def _centers(frame, catalog):
-    """Return positions (n, 2) on the frame and names of the catalogue sources inside it."""
-    positions = np.atleast_2d(frame.to_pixel(catalog))
-    if len(positions) == 0:
-        raise ValueError("The catalogue is empty: nothing to fit.")
-    bad = [int(n) for n in np.nonzero(~np.isfinite(positions).all(axis=1))[0]]
-    if bad:
-        raise ValueError(f"Catalogue positions must be finite and visible from the frame; rows {bad} aren't.")
-    inside = [frame.box.contains(tuple(position)) for position in positions]
-    if not any(inside):
-        raise ValueError(
-            f"None of the {len(positions)} catalogue sources lies in the model frame of {frame.box.shape} pixels; the "
-            f"first is at (y, x) = ({positions[0][0]:.1f}, {positions[0][1]:.1f}). Check coordinates and their units (degrees)."
-        )
-    if not all(inside):
-        outside = [n for n, is_inside in enumerate(inside) if not is_inside]
-        warnings.warn(
-            f"{len(outside)} catalogue source(s) outside the model frame left out: rows {outside}.", stacklevel=3
-        )
-    return positions[inside], [str(n) for n, is_inside in enumerate(inside) if is_inside]
 
 
 def _half_size(frame, half_size):

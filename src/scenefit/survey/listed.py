@@ -16,23 +16,14 @@ DUPLICATE_RADIUS = 0.5
 """Distance within which two rows are the same, in standard deviations of the sharpest PSF."""
 
 
-def catalog_centers(
-    frame: Frame, catalog: SkyCoord | np.ndarray | Table | None, psf_sigma: float
-) -> tuple[np.ndarray, list[int]]:
-    """Return positions (n, 2) on the frame, and their rows, of the sources of a catalogue that can be used.
+def catalog_positions(frame: Frame, catalog: SkyCoord | np.ndarray | Table) -> np.ndarray:
+    """Return the positions (n, 2) of the rows of a catalogue on the frame.
 
     Raises
     ------
     ValueError
         If a table has no columns RA and DEC, or rows have no finite position.
-
-    Warns
-    -----
-    UserWarning
-        Of rows outside the frame, and at the place of one before them.
     """
-    if catalog is None:
-        return np.zeros((0, 2)), []
     if isinstance(catalog, Table):
         columns = Table(catalog).colnames
         names = {name.lower(): name for name in columns}
@@ -46,11 +37,22 @@ def catalog_centers(
         positions = np.reshape(frame.to_pixel(catalog), (-1, 2))
     if bad := [int(n) for n in np.flatnonzero(~np.isfinite(positions).all(axis=1))]:
         raise ValueError(f"Catalogue positions must be finite and visible from the frame; rows {bad} aren't.")
+    return positions
+
+
+def usable_rows(frame: Frame, positions: np.ndarray, psf_sigma: float) -> np.ndarray:
+    """Return the rows of positions (n, 2) on the frame that can be used.
+
+    Warns
+    -----
+    UserWarning
+        Of rows outside the frame, and at the place of one before them.
+    """
     inside = np.array([frame.box.contains(tuple(position)) for position in positions], dtype=bool)
     if not inside.all():
         outside = np.flatnonzero(~inside).tolist()
         warnings.warn(
-            f"{len(outside)} catalogue source(s) outside the model frame left out: rows {outside}.", stacklevel=4
+            f"{len(outside)} catalogue source(s) outside the model frame left out: rows {outside}.", stacklevel=3
         )
     rows = np.flatnonzero(inside)
     kept = rows[keep_apart(positions[rows], np.full(len(rows), DUPLICATE_RADIUS * psf_sigma))]
@@ -58,6 +60,6 @@ def catalog_centers(
         doubled = sorted(set(rows.tolist()) - set(kept.tolist()))
         warnings.warn(
             f"{len(doubled)} catalogue source(s) at the place of one before them left out: rows {doubled}.",
-            stacklevel=4,
+            stacklevel=3,
         )
-    return positions[kept], kept.tolist()
+    return kept
