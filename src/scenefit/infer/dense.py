@@ -34,7 +34,13 @@ SINGULAR = 1e-6
 
 
 def dense_footprints(
-    problem: Problem, layout: Layout, scene: Scene, observations: Sequence[Observation], *, quick: bool = False
+    problem: Problem,
+    layout: Layout,
+    scene: Scene,
+    observations: Sequence[Observation],
+    *,
+    quick: bool = False,
+    like: Footprints | None = None,
 ) -> Footprints | None:
     """Return the footprints of the free coordinates; None if they are too many for a matrix, or there are free images.
 
@@ -43,7 +49,7 @@ def dense_footprints(
     index, free = np.unique(np.asarray(problem.index)), np.asarray(problem.free.vector)
     if not 0 < free[index].sum() <= MAX_COORDINATES or any(np.any(image) for image in problem.free.images):
         return None
-    where = footprints(problem, layout, scene, observations, quick=quick)
+    where = footprints(problem, layout, scene, observations, quick=quick, like=like)
     size = where.room * where.places.shape[1] * sum(image.data.size for image in problem.images)
     return where if size <= MAX_SIZE else None
 

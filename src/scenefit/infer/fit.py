@@ -16,6 +16,7 @@ from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, com
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
 from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
+from scenefit.infer.footprints import Footprints
 from scenefit.infer.problem import LINEAR_LEAVES, Problem, State
 from scenefit.infer.quadratic import curvature_probes
 from scenefit.model.morphology import AbstractImageMorphology
@@ -178,6 +179,7 @@ class _Run:
         self.rtol, self.max_steps, self.callback = rtol, max_steps, callback
         self.rows: list[dict] = []
         self.growths, self.roomy = 0, frozenset()
+        self.footprints: Footprints | None = None
         self.has_profiles = any(not isinstance(c.morphology, AbstractImageMorphology) for _, c in scene.components())
         self.begin = time.perf_counter()
         self.pack()
@@ -186,9 +188,10 @@ class _Run:
         """Pack the present scene and start the solver on it."""
         built = posterior.build(self.scene, self.observations, self.parameters, roomy=self.roomy)
         self.problem, state, self.layout = built
-        self.footprints = None
         if self.method != "iterative":
-            self.footprints = dense_footprints(self.problem, self.layout, self.scene, self.observations, quick=True)
+            self.footprints = dense_footprints(
+                self.problem, self.layout, self.scene, self.observations, quick=True, like=self.footprints
+            )
         if self.method == "dense" and self.footprints is None:
             raise ValueError(
                 f"method='dense' wants 1 to {MAX_COORDINATES} free numbers and no free image; use 'auto', or fix some."

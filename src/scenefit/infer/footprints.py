@@ -15,7 +15,6 @@ from jaxtyping import Array, Int
 
 from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_integers
-from scenefit.arrays.stamps import bucket_size
 from scenefit.data.observation import Observation
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Leaf, Problem
@@ -31,6 +30,8 @@ CORE_SPREAD = 3
 """Pixels around it that whitening may reach."""
 
 
+LEAST_CORE, CORE_MARGIN = 32, 1.25
+"""Pixels of a side of cores at least, and the room they have to grow during a fit without being compiled anew."""
 TILE = 64
 """Rows and columns of the tiles that overlaps are cut into."""
 BLOCK = 8
@@ -116,7 +117,13 @@ class Footprints(eqx.Module):
 
 
 def footprints(
-    problem: Problem, layout: Layout, scene: Scene, observations: Sequence[Observation], *, quick: bool = False
+    problem: Problem,
+    layout: Layout,
+    scene: Scene,
+    observations: Sequence[Observation],
+    *,
+    quick: bool = False,
+    like: Footprints | None = None,
 ) -> Footprints:
     """Return the footprints of the free coordinates.
 
@@ -131,7 +138,10 @@ def footprints(
     quick : bool
         Whether to leave the faint outskirts of profiles and PSFs out, which add hardly anything to the curvature of the loss;
         see also `Footprints.is_quick`.
+    like : Footprints, optional
+        Those of an earlier packing of the same components; cores aren't made smaller than there.
     """
+    earlier = None if like is None or len(like.core_sizes) != len(problem.stacks) else like.core_sizes
     index = np.unique(np.asarray(problem.index))
     index = index[np.asarray(problem.free.vector)[index]]
     starts = np.concatenate([[0], np.cumsum([len(stack.origin) for stack in problem.stacks])]).astype(int)
@@ -144,7 +154,7 @@ def footprints(
             component_box(component, scene.frame, CORE_ROOM, CORE_LIGHT).intersection(member.box)
             for member, (_, component) in pairs
         ]
-        origins, sizes = _crops(problem, layout, boxes)
+        origins, sizes = _crops(problem, layout, boxes, earlier)
     covered = [covered_pixels(boxes, scene.frame, obs, quick=quick) for obs in observations]
     color = np.zeros(starts[-1], int)
     color[numbers] = disjoint_colors(np.concatenate(covered, axis=1)) if boxes else 0
@@ -227,14 +237,20 @@ def _places(problem: Problem, place_of: np.ndarray, none: int, starts: np.ndarra
     return places, own
 
 
-def _crops(problem: Problem, layout: Layout, boxes: Sequence[Box]):
-    """Return, for each stack, where the cores begin on the canvas and their common size, or None where they are all of it."""
+def _crops(problem: Problem, layout: Layout, boxes: Sequence[Box], earlier: Sequence | None):
+    """Return, for each stack, where the cores begin on the canvas and their common size, or None where they are all of it.
+
+    Sizes are those of the stamps halved a number of times, and not below `earlier` ones: few distinct shapes.
+    """
     origins, sizes = [], []
     for number, stack in enumerate(problem.stacks):
         limit = stack.mask.shape[1:]
         rows = [(m.row, box) for m, box in zip(layout.members, boxes, strict=True) if m.stack == number]
-        side = bucket_size(max(max(box.shape) for _, box in rows))
-        size = tuple(min(side, most) for most in limit)
+        needed = max(LEAST_CORE, CORE_MARGIN * max(max(box.shape) for _, box in rows))
+        halvings = int(np.log2(max(max(limit) / needed, 1.0)))
+        size = tuple(min(-(-max(limit) // 2**halvings), most) for most in limit)
+        if earlier is not None:
+            size = tuple(np.minimum(np.maximum(size, earlier[number] or limit), limit).tolist())
         if size == limit:
             origins.append(None)
             sizes.append(None)
