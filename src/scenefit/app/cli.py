@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import re
 from pathlib import Path
 from typing import Annotated
 
 import astropy.units as u
+import jax
 import numpy as np
 import typer
 
@@ -25,6 +28,9 @@ from scenefit.infer.fit import FitResult, Status
 from scenefit.model.scene import Scene
 from scenefit.sky.frame import pixel_scale_of
 from scenefit.survey.validate import validate
+
+COMPILED_BYTES = 2**30
+"""Compiled programs that are kept between runs, the last used ones."""
 
 app = typer.Typer(
     help="Fit one scene to images of different instruments, each in its own pixels.",
@@ -245,8 +251,21 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
+def _keep_compiled_programs():
+    """Let JAX find the programs that earlier runs have compiled, unless it has been told where to keep them.
+
+    They are kept apart by machine: code for one processor may not run on another.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "scenefit" / "compiled" / platform.node()))
+        jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def main():
     """Run the command line; unusable input ends it with a message and exit code 2."""
+    _keep_compiled_programs()
     try:
         app()
     except (OSError, ValueError, KeyError, TypeError) as exc:

@@ -430,23 +430,41 @@ def _stacked_priors(priors) -> tuple[Priors, ...]:
     for prior, index, unit in priors:
         leaves, structure = jax.tree.flatten(prior)
         leaves = [np.asarray(leaf, dtype=float) for leaf in leaves]
-        key = structure, index.shape, tuple(leaf.shape for leaf in leaves)
+        key = type(prior).__name__, index.shape, tuple(sorted(leaf.shape for leaf in leaves)), structure
         groups.setdefault(key, []).append((leaves, index, unit))
     stacked = []
-    for key in sorted(groups, key=str):
+    for key in sorted(groups, key=lambda key: str(key[:3])):
         rows = groups[key]
         count = bucket_count(len(rows))
         leaves, index, unit = zip(*rows, *[rows[0]] * (count - len(rows)), strict=True)
         columns = [as_floats(np.stack(column)) for column in zip(*leaves, strict=True)]
+        sequence = _leaves_by_name(jax.tree.unflatten(key[-1], range(len(columns))))
         stacked.append(
             Priors(
-                distribution=jax.tree.unflatten(key[0], columns),
+                leaves=tuple(columns[place] for place in sequence),
+                structure=key[-1],
+                order=tuple(sequence.index(place) for place in range(len(columns))),
                 index=as_integers(np.stack(index)),
                 unit=as_floats(np.stack(unit)),
                 counts=as_booleans(np.arange(count) < len(rows)),
             )
         )
     return tuple(stacked)
+
+
+def _leaves_by_name(value) -> list:
+    """Return the leaves of distributions in the order of their names.
+
+    numpyro flattens them in that of a set, which differs from process to process, and compiled programs with it: those that are
+    kept on disk wouldn't be found again.
+    """
+    if isinstance(value, dist.Distribution):
+        names = sorted(type(value).gather_pytree_data_fields())
+        return [leaf for name in names for leaf in _leaves_by_name(value.__dict__.get(name))]
+    parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, dist.Distribution))
+    return [
+        leaf for part in parts for leaf in (_leaves_by_name(part) if isinstance(part, dist.Distribution) else [part])
+    ]
 
 
 def _image_bounds(stacks, members, parameters):

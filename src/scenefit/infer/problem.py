@@ -7,11 +7,12 @@ in unconstrained coordinates; fluxes, backgrounds and pixels keep their own valu
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Complex, Float, Int, Shaped
 
 from scenefit.data.abstractnoise import AbstractNoise
@@ -150,8 +151,12 @@ class Priors(eqx.Module):
 
     Attributes
     ----------
-    distribution : numpyro distribution
-        The leaves of `n` distributions of one structure, stacked along a first axis.
+    leaves : tuple of arrays, shape (n, ...)
+        The leaves of `n` distributions of one structure, stacked along a first axis, in the order of their names.
+    structure : PyTreeDef
+        Of the distributions.
+    order : tuple of int
+        Which of `leaves` is which leaf of the structure.
     index : array of int, shape (n, *parameter)
         Elements of the parameter that each is for.
     unit : array, shape (n, *parameter)
@@ -160,7 +165,9 @@ class Priors(eqx.Module):
         False for padding.
     """
 
-    distribution: dist.Distribution
+    leaves: tuple[Float[Array, "n ..."], ...]
+    structure: Any = eqx.field(static=True)
+    order: tuple[int, ...] = eqx.field(static=True)
     index: Int[Array, "n *k"]
     unit: Float[Array, "n *k"]
     counts: Bool[Array, " n"]
@@ -168,10 +175,11 @@ class Priors(eqx.Module):
     def log_prob(self, elements: Float[Array, " e"]) -> Float[Array, ""]:
         """Return the sum of the log-densities of all."""
 
-        def one(distribution, value):
+        def one(leaves, value):
+            distribution = jax.tree.unflatten(self.structure, [leaves[place] for place in self.order])
             return jnp.sum(distribution.log_prob(value))
 
-        each = jax.vmap(one)(self.distribution, elements[self.index] * self.unit)
+        each = jax.vmap(one)(self.leaves, elements[self.index] * self.unit)
         return jnp.sum(jnp.where(self.counts, each, 0.0))
 
 
