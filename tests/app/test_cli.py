@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import astropy.units as u
+import jax
 import numpy as np
 import pytest
 from astropy.coordinates import SkyCoord
@@ -122,7 +123,8 @@ def scenefit(*arguments, directory=None) -> Run:
     out, err = io.StringIO(), io.StringIO()
     arguments = ["scenefit", *map(str, arguments)]
     with mock.patch("sys.argv", arguments), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.raises(SystemExit) as info:
+        # The process of the tests keeps no compiled programs.
+        with mock.patch.object(cli, "keep_compiled_programs"), pytest.raises(SystemExit) as info:
             cli.main()
     return Run(info.value.code or 0, out.getvalue(), err.getvalue(), directory)
 
@@ -130,6 +132,25 @@ def scenefit(*arguments, directory=None) -> Run:
 def fit(directory, source, *options) -> Run:
     """Run `scenefit fit`."""
     return scenefit("fit", source, "--out", directory, *options, directory=directory)
+
+
+CACHE = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.mark.parametrize("own", [None, "elsewhere"])
+def test_compiled_programs_are_kept(tmp_path, monkeypatch, own):
+    """In the user's cache, unless JAX has been told where."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    try:
+        jax.config.update("jax_compilation_cache_dir", own)
+        cli.keep_compiled_programs()
+        folder = jax.config.jax_compilation_cache_dir
+        assert Path(folder).is_relative_to(tmp_path / "scenefit") if own is None else folder == own
+        assert (jax.config.jax_compilation_cache_max_size == cli.COMPILED_BYTES) == (own is None)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

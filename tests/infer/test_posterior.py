@@ -218,6 +218,23 @@ def with_priors(scene, observations, names):
     return parameters, expected
 
 
+def test_the_order_in_which_numpyro_lists_parameters_does_not_matter(frame, observations, monkeypatch):
+    """It is that of a set, another one in every process."""
+    scene = row_of_sources(frame, 3)
+    parameters, expected = with_priors(scene, observations, ["above"])
+    listed = dist.Distribution.gather_pytree_data_fields.__func__
+    found = []
+    for step in (1, -1):
+        names = classmethod(lambda cls, step=step: tuple(sorted(listed(cls)))[::step])
+        monkeypatch.setattr(dist.Distribution, "gather_pytree_data_fields", names)
+        problem, state, _ = posterior.build(scene, observations, parameters)
+        assert float(problem.log_prior(state.vector)) == pytest.approx(expected, rel=1e-5)
+        found.append([[np.asarray(leaf) for leaf in priors.leaves] for priors in problem.priors])
+    for first, second in zip(*found, strict=True):
+        for one, other in zip(first, second, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def row_of_sources(frame, count):
     """Faint sources of one kind, in a row."""
     sources = [

@@ -251,7 +251,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
-def _keep_compiled_programs():
+def keep_compiled_programs():
     """Let JAX find the programs that earlier runs have compiled, unless it has been told where to keep them.
 
     They are kept apart by machine: code for one processor may not run on another.
@@ -265,7 +265,7 @@ def _keep_compiled_programs():
 
 def main():
     """Run the command line; unusable input ends it with a message and exit code 2."""
-    _keep_compiled_programs()
+    keep_compiled_programs()
     try:
         app()
     except (OSError, ValueError, KeyError, TypeError) as exc:

@@ -428,22 +428,21 @@ def _stacked_priors(priors) -> tuple[Priors, ...]:
     """
     groups: dict[tuple, list] = {}
     for prior, index, unit in priors:
-        leaves, structure = jax.tree.flatten(prior)
-        leaves = [np.asarray(leaf, dtype=float) for leaf in leaves]
-        key = type(prior).__name__, index.shape, tuple(sorted(leaf.shape for leaf in leaves)), structure
+        values, structure = jax.tree.flatten(prior)
+        sequence = tuple(_leaves_by_name(jax.tree.unflatten(structure, range(len(values)))))
+        leaves = [np.asarray(values[place], dtype=float) for place in sequence]
+        key = type(prior).__name__, index.shape, tuple(leaf.shape for leaf in leaves), sequence, structure
         groups.setdefault(key, []).append((leaves, index, unit))
     stacked = []
     for key in sorted(groups, key=lambda key: str(key[:3])):
-        rows = groups[key]
+        rows, (*_, sequence, structure) = groups[key], key
         count = bucket_count(len(rows))
         leaves, index, unit = zip(*rows, *[rows[0]] * (count - len(rows)), strict=True)
-        columns = [as_floats(np.stack(column)) for column in zip(*leaves, strict=True)]
-        sequence = _leaves_by_name(jax.tree.unflatten(key[-1], range(len(columns))))
         stacked.append(
             Priors(
-                leaves=tuple(columns[place] for place in sequence),
-                structure=key[-1],
-                order=tuple(sequence.index(place) for place in range(len(columns))),
+                leaves=tuple(as_floats(np.stack(column)) for column in zip(*leaves, strict=True)),
+                structure=structure,
+                order=tuple(sequence.index(place) for place in range(len(sequence))),
                 index=as_integers(np.stack(index)),
                 unit=as_floats(np.stack(unit)),
                 counts=as_booleans(np.arange(count) < len(rows)),
