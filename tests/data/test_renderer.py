@@ -115,7 +115,7 @@ def brute_force(model, frame, wcs, shape, shift=(0.0, 0.0)):
     ky, kx = np.meshgrid(*(np.fft.fftfreq(n) for n in frame.fft_shape), indexing="ij")
     q = np.einsum("ab,akl->bkl", affine, np.stack([ky, kx]))
     sigma = frame.psf.sigma[0]
-    ratio = spectrum_sum(PSF_IMAGE / PSF_IMAGE.sum(), *q, PSF_CENTER)
+    ratio = spectrum_sum(PSF_IMAGE, *q, PSF_CENTER)
     ratio = ratio * np.exp(2 * np.pi**2 * sigma**2 * (ky**2 + kx**2))
     ratio[(np.abs(q).max(axis=0) >= 0.5) | (np.abs(ky) >= 0.5) | (np.abs(kx) >= 0.5)] = 0
     modes = np.fft.fft2(model, s=frame.fft_shape) * ratio

@@ -6,6 +6,7 @@ import enum
 
 import equinox as eqx
 import numpy as np
+from arviz_stats.base.array import array_stats
 
 MAX_R_HAT, MIN_ESS, MAX_PARETO_K = 1.01, 400.0, 0.7
 """Chains have converged below the first and with at least the second (Vehtari et al. 2021, Bayesian Analysis 16, 667,
@@ -71,9 +72,6 @@ class Diagnostics(eqx.Module):
 
 def of_chains(draws: dict[str, np.ndarray], divergent: float) -> Diagnostics:
     """Return the diagnostics of chains; draws by path, shape (chain, draw, ...)."""
-    # It takes two seconds to import.
-    from arviz_stats.base.array import array_stats
-
     r_hat, ess = {}, {}
     for path, values in draws.items():
         moved = np.moveaxis(values, (0, 1), (-2, -1))
@@ -89,9 +87,6 @@ def of_chains(draws: dict[str, np.ndarray], divergent: float) -> Diagnostics:
 
 def of_approximation(log_density: np.ndarray, log_proposal: np.ndarray) -> Diagnostics:
     """Return the diagnostics of independent draws, whose log-densities under posterior and approximation are given."""
-    # It takes two seconds to import.
-    from arviz_stats.base.array import array_stats
-
     ratio = np.asarray(log_density - log_proposal, dtype=float).ravel()
     finite = np.where(np.isfinite(ratio), ratio, np.nanmin(np.where(np.isfinite(ratio), ratio, np.nan)) - 50)
     # It takes the logarithms of the inverse ratios.

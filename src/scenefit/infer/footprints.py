@@ -306,7 +306,7 @@ def _pairs(numbers: np.ndarray, covered: np.ndarray, is_used: np.ndarray, shape:
     shared = _intersections(covered)
     some = ~_is_empty(shared)
     block = block_size(is_used.shape[1])
-    blocks = np.any(is_used.reshape(len(is_used), -1, block), axis=2)[numbers]
+    blocks = np.any(is_used.reshape(len(is_used), is_used.shape[1] // block, block), axis=2)[numbers]
     owner, own_block = np.nonzero(blocks & np.diagonal(some)[:, None])
     ends = np.stack(np.triu_indices(len(owner), 1), axis=-1)
     ends = ends[some[owner[ends[:, 0]], owner[ends[:, 1]]]]

@@ -13,14 +13,13 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from scenefit.arrays.compilation import as_booleans, as_complexes, as_floats, as_integers, compiled
-from scenefit.arrays.stamps import bucket_count
 from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.correlation import LEAST_POWER, power_at
 from scenefit.data.nuisances import LARGEST_ROTATION, NUISANCES
 from scenefit.data.observation import Observation
 from scenefit.data.renderer import Renderer
 from scenefit.infer.matched import channel_units
-from scenefit.infer.problem import Image, Leaf, Prewhitened, Priors, Problem, State, unconstrained
+from scenefit.infer.problem import Image, Leaf, Prewhitened, Problem, State, stacked_priors, unconstrained
 from scenefit.model.morphology import AbstractImageMorphology, parameter_values, with_parameter_values
 from scenefit.model.packing import Member, model_psf_sigma, pack
 from scenefit.model.parameters import IMAGES, Parameters, unit_disk
@@ -87,7 +86,7 @@ def build(
         free=State(as_booleans(table.free), free_images),
         lowest=State(as_floats(lowest), image_low),
         highest=State(as_floats(highest), tuple(as_floats(np.full(low.shape, np.inf)) for low in image_low)),
-        priors=_stacked_priors(table.priors),
+        priors=stacked_priors(table.priors),
         image_priors=image_priors,
         psf_sigma=as_floats(model_psf_sigma(frame)),
         leaves=table.leaves,
@@ -348,7 +347,8 @@ class _ElementTable:
                 low[where], high[where] = (bound / units[where] for bound in _range(parameter))
                 _check_start(parameter, value[where], low[where], high[where])
         if limits is not None:
-            low, high = np.minimum(limits[0], value), np.maximum(limits[1], value)
+            low = np.maximum(low, np.minimum(limits[0], value))
+            high = np.minimum(high, np.maximum(limits[1], value))
         coordinate = value if linear else unconstrained(value, low, high)
         if disk:
             coordinate = value / np.sqrt(np.maximum(1 - np.sum(value**2, axis=-1, keepdims=True), 1e-6))
@@ -419,51 +419,6 @@ def _element_table(frame: Frame, stacks, members, observations, levels, paramete
             add(f"noise.{name}", f"noise.{name}", value, linear=False, unit=unit)
     table.tie(parameters)
     return table
-
-
-def _stacked_priors(priors) -> tuple[Priors, ...]:
-    """Stack priors (distribution, elements, units) whose distributions have the same structure, padding their number.
-
-    Neither the structure of the problem nor the time to compile it depends on how many parameters have a prior.
-    """
-    groups: dict[tuple, list] = {}
-    for prior, index, unit in priors:
-        values, structure = jax.tree.flatten(prior)
-        sequence = tuple(_leaves_by_name(jax.tree.unflatten(structure, range(len(values)))))
-        leaves = [np.asarray(values[place], dtype=float) for place in sequence]
-        key = type(prior).__name__, index.shape, tuple(leaf.shape for leaf in leaves), sequence, structure
-        groups.setdefault(key, []).append((leaves, index, unit))
-    stacked = []
-    for key in sorted(groups, key=lambda key: str(key[:3])):
-        rows, (*_, sequence, structure) = groups[key], key
-        count = bucket_count(len(rows))
-        leaves, index, unit = zip(*rows, *[rows[0]] * (count - len(rows)), strict=True)
-        stacked.append(
-            Priors(
-                leaves=tuple(as_floats(np.stack(column)) for column in zip(*leaves, strict=True)),
-                structure=structure,
-                order=tuple(sequence.index(place) for place in range(len(sequence))),
-                index=as_integers(np.stack(index)),
-                unit=as_floats(np.stack(unit)),
-                counts=as_booleans(np.arange(count) < len(rows)),
-            )
-        )
-    return tuple(stacked)
-
-
-def _leaves_by_name(value) -> list:
-    """Return the leaves of distributions in the order of their names.
-
-    numpyro flattens them in that of a set, which differs from process to process, and compiled programs with it: those that are
-    kept on disk wouldn't be found again.
-    """
-    if isinstance(value, dist.Distribution):
-        names = sorted(type(value).gather_pytree_data_fields())
-        return [leaf for name in names for leaf in _leaves_by_name(value.__dict__.get(name))]
-    parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, dist.Distribution))
-    return [
-        leaf for part in parts for leaf in (_leaves_by_name(part) if isinstance(part, dist.Distribution) else [part])
-    ]
 
 
 def _image_bounds(stacks, members, parameters):

@@ -7,14 +7,18 @@ in unconstrained coordinates; fluxes, backgrounds and pixels keep their own valu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Complex, Float, Int, Shaped
 
+from scenefit.arrays.compilation import as_booleans, as_floats, as_integers
+from scenefit.arrays.stamps import bucket_count
 from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.renderer import Renderer
 from scenefit.model.morphology import AbstractImageMorphology
@@ -181,6 +185,51 @@ class Priors(eqx.Module):
 
         each = jax.vmap(one)(self.leaves, elements[self.index] * self.unit)
         return jnp.sum(jnp.where(self.counts, each, 0.0))
+
+
+def stacked_priors(priors: Iterable[tuple]) -> tuple[Priors, ...]:
+    """Stack priors (distribution, elements, units) whose distributions have the same structure, padding their number.
+
+    Neither the structure of the problem nor the time to compile it depends on how many parameters have a prior.
+    """
+    groups: dict[tuple, list] = {}
+    for prior, index, unit in priors:
+        values, structure = jax.tree.flatten(prior)
+        sequence = tuple(_leaves_by_name(jax.tree.unflatten(structure, range(len(values)))))
+        leaves = [np.asarray(values[place], dtype=float) for place in sequence]
+        key = type(prior).__name__, index.shape, tuple(leaf.shape for leaf in leaves), sequence, structure
+        groups.setdefault(key, []).append((leaves, index, unit))
+    stacked = []
+    for key in sorted(groups, key=lambda key: str(key[:3])):
+        rows, (*_, sequence, structure) = groups[key], key
+        count = bucket_count(len(rows))
+        leaves, index, unit = zip(*rows, *[rows[0]] * (count - len(rows)), strict=True)
+        stacked.append(
+            Priors(
+                leaves=tuple(as_floats(np.stack(column)) for column in zip(*leaves, strict=True)),
+                structure=structure,
+                order=tuple(sequence.index(place) for place in range(len(sequence))),
+                index=as_integers(np.stack(index)),
+                unit=as_floats(np.stack(unit)),
+                counts=as_booleans(np.arange(count) < len(rows)),
+            )
+        )
+    return tuple(stacked)
+
+
+def _leaves_by_name(value) -> list:
+    """Return the leaves of distributions in the order of their names.
+
+    numpyro flattens them in that of a set, which differs from process to process, and compiled programs with it: those that are
+    kept on disk wouldn't be found again.
+    """
+    if isinstance(value, dist.Distribution):
+        names = sorted(type(value).gather_pytree_data_fields())
+        return [leaf for name in names for leaf in _leaves_by_name(value.__dict__.get(name))]
+    parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, dist.Distribution))
+    return [
+        leaf for part in parts for leaf in (_leaves_by_name(part) if isinstance(part, dist.Distribution) else [part])
+    ]
 
 
 class Problem(eqx.Module):

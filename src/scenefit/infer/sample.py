@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arviz_base import from_dict
 from astropy.table import QTable
 from jaxtyping import Array
 
@@ -105,9 +106,6 @@ class Posterior(eqx.Module):
 
         Variables are named by path, with dimensions (chain, draw, ...); "lp" is the log-density, where it was computed.
         """
-        # It takes two seconds to import.
-        from arviz_base import from_dict
-
         groups = {"posterior": self.draws, "sample_stats": {"lp": self.log_density}}
         attributes = {"inference_library": "scenefit", "method": self.method, "status": self.status.name}
         return from_dict(groups, attrs={"posterior": attributes})

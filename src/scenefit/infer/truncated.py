@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import equinox as eqx
 import numpy as np
+from arviz_stats.base.array import array_stats
 from scipy.special import log_ndtr, logsumexp, ndtri_exp
 from tqdm.auto import tqdm
 
@@ -197,9 +198,6 @@ def _bridge(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
 def _effective_size(values: np.ndarray) -> float:
     """Return how many independent draws give as good a mean as those of chains (chain, draw)."""
-    # It takes two seconds to import.
-    from arviz_stats.base.array import array_stats
-
     return min(float(np.asarray(array_stats.ess(values, method="mean"))), float(values.size))
 
 
