@@ -10,13 +10,14 @@ from scipy import ndimage
 
 from scenefit.arrays.box import Box
 from scenefit.arrays.peaks import find_peaks, refine_peak
+from scenefit.arrays.profiles import sersic_b
 from scenefit.data.observation import Observation
 from scenefit.infer.fit import FitResult
 from scenefit.model.morphology import SersicMorphology, parameter_values
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
 from scenefit.sky.frame import pixel_map
-from scenefit.survey.envelopes import columns, psf_image, solve_nonnegative
+from scenefit.survey.envelopes import channel_shares, columns, psf_image, solve_nonnegative
 
 CLUMP_ROUNDS, CLUMP_SIGNIFICANCE = 4, 4.0
 """How often clumps are looked for, and the least significance of their peaks."""
@@ -24,8 +25,6 @@ CLUMP_REACH, CLUMP_GAP = 5.0, 1.5
 """Half-light radii of its host up to which a clump belongs to it, and widths of the PSF that it is away from all centers."""
 CLUMP_SHARE = 0.02, 0.7
 """Share of a clump in the light of its host: median, and width in the logarithm."""
-DISK_SCALE = 1.678
-"""Half-light radius of an exponential disk in its scale lengths."""
 MAX_CLUMPS, SOLVE_STEPS, SHARING_STEPS = 24, 200, 50
 """Clumps of a source at most; accelerated gradient steps for their light where there are many; steps for their hosts."""
 
@@ -84,9 +83,10 @@ def clump_hosts(sources: Sequence[Source], places: np.ndarray, light: np.ndarray
         return np.zeros(0, int)
     away = np.stack([_radii_away(source, places) for source in sources], axis=-1)
     areas = np.array([float(parameter_values(source.morphology)["half_light_radius"]) ** 2 for source in sources])
-    fluxes = np.array([float(np.mean(source.spectrum.flux)) for source in sources])
+    # A source may have faded to nothing.
+    fluxes = np.maximum([float(np.mean(source.spectrum.flux)) for source in sources], 1e-6 * light.min())
     shares = np.log(light[:, None] / fluxes / CLUMP_SHARE[0]) / CLUMP_SHARE[1]
-    density = np.where(away < CLUMP_REACH, np.exp(-DISK_SCALE * away - 0.5 * shares**2), 0.0) / areas
+    density = np.where(away < CLUMP_REACH, np.exp(-sersic_b(1.0) * away - 0.5 * shares**2), 0.0) / areas
     counts, chance = np.ones(len(sources)), density
     for _ in range(SHARING_STEPS):
         chance = counts * density
@@ -118,10 +118,8 @@ class _SharpView:
     """An image, the mean of its channels, with what profiles and points look like on it."""
 
     def __init__(self, obs: Observation, scene: Scene):
-        has_data = obs.compared.any(axis=(1, 2))
-        weight = np.where(has_data, 1 / obs.noise.level() ** 2, 0.0)
-        self.obs, self.scene, self.share = obs, scene, weight / weight.sum()
-        self.seen = obs.compared[has_data].all(axis=0)
+        self.obs, self.scene, self.share = obs, scene, channel_shares(obs)
+        self.seen = obs.compared[self.share > 0].all(axis=0)
         self.psf, self.area = psf_image(obs, np.eye(2)), Box((obs.shape[1], obs.shape[2]))
         self.data = self._mean(np.where(self.seen, obs.data - obs.render(scene), 0.0))
         self.profiles: dict[str, np.ndarray] = {}

@@ -65,6 +65,12 @@ class Blur(NamedTuple):
         return cls(np.sqrt(covariances[used, 0, 0]), weights[used] / weights[used].sum())
 
 
+def channel_shares(obs: Observation) -> np.ndarray:
+    """Return the weights of an observation's channels in their mean, by inverse variance; 0 for those without data."""
+    weights = np.where(obs.noise.valid.any(axis=(1, 2)), obs.noise.level() ** -2.0, 0.0)
+    return weights / weights.sum()
+
+
 def psf_image(obs: Observation, jacobian: np.ndarray) -> np.ndarray:
     """Return the image of a point of unit flux in the middle of a square, the channels added with their inverse variances.
 
@@ -72,10 +78,10 @@ def psf_image(obs: Observation, jacobian: np.ndarray) -> np.ndarray:
     """
     reach = min(obs.psf.extent, PSF_REACH * obs.psf.effective_sigma.max()) * np.sqrt(abs(np.linalg.det(jacobian)))
     size = 2 * int(np.ceil(reach)) + 3
-    weights = obs.noise.level() ** -2.0
+    shares = channel_shares(obs)
     ky, kx = np.fft.fftfreq(size), np.fft.rfftfreq(size)
-    modes = np.broadcast_to(obs.psf.transfer(ky, kx, jacobian), (len(weights), size, len(kx)))
-    return np.fft.fftshift(np.fft.irfft2(np.einsum("c,ckl->kl", weights / weights.sum(), modes), (size, size)))
+    modes = np.broadcast_to(obs.psf.transfer(ky, kx, jacobian), (len(shares), size, len(kx)))
+    return np.fft.fftshift(np.fft.irfft2(np.einsum("c,ckl->kl", shares, modes), (size, size)))
 
 
 def psf_width(frame: Frame, obs: Observation) -> float:

@@ -88,32 +88,18 @@ def automatic_scene(
     shown = list(frame.channel_index(sharpest.channels))
     flux_of = dict(zip(envelopes, fluxes, strict=True))
     seen = {name: envelope for name, envelope in envelopes.items() if _is_seen(frame, sharpest, envelope.center)}
-    nearby = {
-        name: {"center": dist.Normal(envelope.center, CENTER_SCATTER * sigma)} for name, envelope in envelopes.items()
-    }
-    first = Scene(
-        single,
-        {name: _with_priors(_single(each, flux_of[name][shown], sigma), nearby[name]) for name, each in seen.items()},
-    )
+    first = Scene(single, {name: _single(each, flux_of[name][shown], sigma) for name, each in seen.items()})
     result = fit(first, [sharpest], rtol=FIRST_TOLERANCE, max_steps=FIRST_STEPS, progress=progress)
     clumps = find_clumps(result, sigma)
     # A profile of any size where the sharpest image says nothing.
     sources: dict[str, AbstractSource] = {
-        name: _profile(envelope, flux_of[name], UNSEEN_RADIUS * sigma, np.inf) for name, envelope in envelopes.items()
+        name: _profile(envelope, flux_of[name], UNSEEN_RADIUS * sigma, np.inf, sigma)
+        for name, envelope in envelopes.items()
     }
     for name, source in single_sources(result.scene).items():
         significance = _significance(source, sharpest, frame, sigma)
         sources[name] = _family(source, flux_of[name], *clumps[name], significance)
-    return Scene(frame, {name: _with_priors(source, nearby[name]) for name, source in sources.items()})
-
-
-def _with_priors(source: AbstractSource, priors: dict[str, dist.Distribution]) -> AbstractSource:
-    """Return a source with more priors; of a composite, its first part."""
-    if isinstance(source, CompositeSource):
-        (first, part), *others = source.parts.items()
-        return source.with_parts({first: _with_priors(part, priors), **dict(others)})
-    assert isinstance(source, Source)
-    return source.replace(priors={**source.priors, **priors})
+    return Scene(frame, sources)
 
 
 def _is_seen(frame: Frame, obs: Observation, center: np.ndarray) -> bool:
@@ -128,14 +114,20 @@ def _single(envelope: Envelope, flux: np.ndarray, sigma: float) -> Source:
     """Return a point, or a single profile as the envelope has it."""
     radius = ring_radius(RING_SIGMAS, envelope.amplitudes, 0.5)
     if radius < POINT_RADIUS * sigma:
-        return Source(envelope.center, flux, PointMorphology())
-    return _profile(envelope, flux, radius, SINGLE_SIZE)
+        return Source(envelope.center, flux, PointMorphology(), _center_prior(envelope, sigma))
+    return _profile(envelope, flux, radius, SINGLE_SIZE, sigma)
 
 
-def _profile(envelope: Envelope, flux: np.ndarray, radius: float, spread: float) -> Source:
+def _profile(envelope: Envelope, flux: np.ndarray, radius: float, spread: float, sigma: float) -> Source:
     """Return a single profile that starts with a radius."""
     morphology = SersicMorphology(radius, SINGLE_INDEX[0], envelope.ellipticity)
-    return Source(envelope.center, flux, morphology, _shape_priors(radius, spread, SINGLE_INDEX))
+    priors = _center_prior(envelope, sigma) | _shape_priors(radius, spread, SINGLE_INDEX)
+    return Source(envelope.center, flux, morphology, priors)
+
+
+def _center_prior(envelope: Envelope, sigma: float) -> dict[str, dist.Distribution]:
+    """Return the prior of a center."""
+    return {"center": dist.Normal(envelope.center, CENTER_SCATTER * sigma)}
 
 
 def _shape_priors(radius: float, spread: float, index: tuple[float, float]) -> dict[str, dist.Distribution]:
@@ -170,7 +162,8 @@ def _family(
     size = (DISK_SIZE if share else 1.0) * radius
     spread = float(np.hypot(DISK_SPREAD, SIZE_ERROR / max(significance, 1e-3)))
     morphology = _disk(size, ellipticity, offsets, fractions / (1 - share))
-    disk = Source(source.center, (1 - share) * flux, morphology, _shape_priors(size, spread, DISK_INDEX))
+    priors = {"center": source.priors["center"]} | _shape_priors(size, spread, DISK_INDEX)
+    disk = Source(source.center, (1 - share) * flux, morphology, priors)
     if not share:
         return disk
     mean = share * np.maximum(flux, 1e-6 * flux.max())
