@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 
+from scenefit.data.observation import Observation
+from scenefit.infer.errors import parameter_errors
+from scenefit.infer.fit import fit
 from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.link import PerBand
 from scenefit.model.parameters import Parameters
@@ -17,7 +20,9 @@ def test_a_disk_and_points_against_galsim():
     galsim = pytest.importorskip("galsim")
     center, sigma, e = np.array([30.3, 29.6]), 1.3, (0.3, -0.2)
     frame = Frame((61, 61), channels="i", padding=24)
-    scene = Scene(frame, [Source(center, [1.0], ClumpyMorphology(4.0, 1.1, e, OFFSETS, FRACTIONS))])
+    shift = np.array([1.7, -0.8])
+    morphology = ClumpyMorphology(4.0, 1.1, e, np.array(OFFSETS) - shift, FRACTIONS, shift)
+    scene = Scene(frame, [Source(center, [1.0], morphology)])
     obs = make_observation((61, 61), channels="i", psf=GaussianPSF(sigma, integrate_pixel=True), wcs=None)
     image = obs.match(frame).render(scene)[0]
     accuracy = galsim.GSParams(
@@ -39,6 +44,27 @@ def test_all_of_it_is_free():
         {"a": Source((30.0, 30.0), [1.0], ClumpyMorphology(4.0, 1.0, (0, 0), OFFSETS, FRACTIONS))},
     )
     assert all(parameter.free for parameter in Parameters.default(scene, []))
+
+
+def test_the_center_is_that_of_the_smooth_light(rng):
+    """However far from it the clumps put it that were found about a wrong one."""
+    frame = Frame((61, 61), channels="i", padding=24)
+    lopsided, center, wrong = (
+        np.array([[6.0, 2.0], [5.0, -3.0], [9.0, 0.0]]),
+        np.array([30.0, 30.0]),
+        np.array([32.5, 30.0]),
+    )
+    truth = Source(center, [1000.0], ClumpyMorphology(6.0, 1.0, (0.1, 0.0), lopsided, FRACTIONS))
+    obs = make_observation((61, 61), channels="i", psf=GaussianPSF(1.3, integrate_pixel=True), wcs=None)
+    data = obs.match(frame).render(Scene(frame, [truth])) + 0.1 * rng.normal(size=obs.shape)
+    obs = Observation(data, sigma=np.full(obs.shape, 0.1), psf=obs.psf, channels="i")
+    start = Source(wrong, [900.0], ClumpyMorphology(6.0, 1.0, (0.1, 0.0), center + lopsided - wrong, FRACTIONS))
+    result = fit(Scene(frame, {"a": start}), obs, progress=False)
+    source, errors = result.scene.sources["a"], parameter_errors(result)
+    assert np.all(np.abs(source.center - center) < 4 * errors["sources.a.center"])
+    assert np.all(errors["sources.a.center"] < 0.1)
+    shift = source.center + source.morphology.shift - wrong
+    assert np.all(np.abs(shift) < 4 * errors["sources.a.morphology.shift"])
 
 
 def test_padding_adds_no_light():

@@ -24,9 +24,11 @@ class ClumpyMorphology(AbstractMorphology):
     half_light_radius, sersic_index, ellipticity : float or link, float or link, array of shape (2,) or link
         Of the smooth light, as in `SersicMorphology`.
     offsets : array, shape (clump, 2)
-        Positions (y, x) of the clumps relative to the center, in model pixels; not fitted.
+        Positions (y, x) of the clumps relative to one another and, but for `shift`, to the center, in model pixels; not fitted.
     fractions : array, shape (clump,), or link
         Share of each clump in the flux; the smooth light has the rest. If they sum to more than 1 they are scaled to that.
+    shift : array, shape (2,), or link
+        Added to all offsets (y, x), model pixels. The center of a source is that of its smooth light, wherever its clumps are.
 
     Raises
     ------
@@ -38,13 +40,19 @@ class ClumpyMorphology(AbstractMorphology):
     sersic_index: np.ndarray | Array | AbstractLink
     ellipticity: np.ndarray | Array | AbstractLink
     fractions: np.ndarray | Array | AbstractLink
+    shift: np.ndarray | Array | AbstractLink
     offsets: np.ndarray | Array
-    constraints: ClassVar = {**SersicMorphology.constraints, "fractions": constraints.nonnegative}
+    constraints: ClassVar = {
+        **SersicMorphology.constraints,
+        "fractions": constraints.nonnegative,
+        "shift": constraints.real,
+    }
 
-    def __init__(self, half_light_radius, sersic_index, ellipticity, offsets, fractions):
+    def __init__(self, half_light_radius, sersic_index, ellipticity, offsets, fractions, shift=(0.0, 0.0)):
         self.half_light_radius = as_parameter(half_light_radius, ())
         self.sersic_index = as_parameter(sersic_index, ())
         self.ellipticity = as_parameter(ellipticity, (2,))
+        self.shift = as_parameter(shift, (2,))
         self.offsets = np.asarray(units.to_pixels(offsets, "The offsets of a ClumpyMorphology"), dtype=float)
         if self.offsets.ndim != 2 or self.offsets.shape[1] != 2 or not np.isfinite(self.offsets).all():
             raise ValueError(f"ClumpyMorphology wants finite offsets (y, x), shape (clump, 2); got {offsets}.")
@@ -67,10 +75,10 @@ class ClumpyMorphology(AbstractMorphology):
     def evaluate(self, y, x, psf_sigma):  # noqa: D102
         fractions = jnp.asarray(self.fractions)
         fractions = fractions / jnp.maximum(jnp.sum(fractions), 1.0)
-        clumps = profiles.evaluate_points(y, x, self.offsets, fractions, psf_sigma)
+        clumps = profiles.evaluate_points(y, x, self.offsets + jnp.asarray(self.shift), fractions, psf_sigma)
         return (1 - jnp.sum(fractions)) * self._smooth().evaluate(y, x, psf_sigma) + clumps
 
     def radius(self, psf_sigma: float, tolerance: float | None = None) -> float:  # noqa: D102
         point = PointMorphology().radius(psf_sigma)
-        clumps = float(np.abs(np.asarray(self.offsets)).max(initial=0.0)) + point
+        clumps = float(np.abs(np.asarray(self.offsets) + np.asarray(self.shift)).max(initial=0.0)) + point
         return max(self._smooth().radius(psf_sigma, tolerance), clumps)

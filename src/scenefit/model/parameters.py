@@ -314,7 +314,7 @@ IMAGES = ("image", "coefficients")
 """Names of the parameters that make up free images."""
 ENVELOPE_SCATTER, ENVELOPE_FLOOR = 4.0, 1e-6
 """Standard deviation of a free pixel around its envelope, as a fraction of the envelope; of no less than so much of its peak."""
-_UNITS = {"half_light_radius": "pixel"}
+_UNITS = {"half_light_radius": "pixel", "shift": "pixel"}
 
 
 def is_image(path: str) -> bool:

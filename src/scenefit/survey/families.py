@@ -163,6 +163,8 @@ def _family(
     spread = float(np.hypot(DISK_SPREAD, SIZE_ERROR / max(significance, 1e-3)))
     morphology = _disk(size, ellipticity, offsets, fractions / (1 - share))
     priors = {"center": source.priors["center"]} | _shape_priors(size, spread, DISK_INDEX)
+    if isinstance(morphology, ClumpyMorphology):
+        priors["morphology.shift"] = dist.Normal(0.0, source.priors["center"].scale)
     disk = Source(source.center, (1 - share) * flux, morphology, priors)
     if not share:
         return disk
