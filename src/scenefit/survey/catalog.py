@@ -21,13 +21,11 @@ from scenefit.infer.laplace import marginal_covariance, vector_covariance
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.slopes import stamp_slopes
-from scenefit.model.morphology import AbstractImageMorphology, parameter_values
-from scenefit.model.packing import component_box
-from scenefit.model.parameters import IMAGES
+from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.sky import units
 from scenefit.sky.frame import Channel, Frame
 from scenefit.survey.columns import describe
-from scenefit.survey.flags import LARGEST_BLENDEDNESS, LARGEST_CORRELATION, MASKED_FRACTION, SIGNIFICANT, Flag
+from scenefit.survey.flags import Flag, catalog_flags
 from scenefit.survey.footprint import FootprintMeasures, measure_footprints
 from scenefit.survey.measure import default_channel_weights, measure_shapes
 from scenefit.survey.radii import light_radii
@@ -35,9 +33,6 @@ from scenefit.survey.sensitivity import shape_slopes
 from scenefit.survey.skyshapes import NUM_COLUMNS, sky_shapes
 from scenefit.survey.stars import sharpest_area, star_scores
 
-BOUND_MARGIN, SMALLEST_RADIUS = 0.01, 1e-3
-"""A parameter is at the end of its range within this fraction of it; one with a lower bound alone (a radius, in pixels) within
-this distance."""
 FRACTIONS = (0.2, 0.5, 0.8, 0.9)
 """Of the light, whose radii are measured."""
 SHAPE_NAMES = ("y", "x", "ra", "dec", "half_light_radius", "axis_ratio", "position_angle")
@@ -198,7 +193,9 @@ def _measure(result: FitResult, progress: bool) -> _Measured:
     has_data = np.isfinite(error).any(axis=0)
     table["masked_fraction"] = np.clip(1 - np.min(measures.seen[:, has_data], axis=1, initial=1.0), 0.0, 1.0)
     table["flux_correlation"] = correlation
-    table["flags"] = _flags(result, flux, error, measures.blendedness, correlation, table["masked_fraction"])
+    table["flags"] = catalog_flags(
+        result, stamps, flux, error, measures.blendedness, correlation, table["masked_fraction"]
+    )
     describe(table, frame.channels, [channel_label(channel) for channel in frame.channels], is_calibrated)
     table.meta["flags"] = {flag.name: int(flag) for flag in Flag}
     table.meta["status"] = result.status.name
@@ -438,40 +435,3 @@ def _has_free_image(component, path, result: FitResult) -> bool:
     if not isinstance(component.morphology, AbstractImageMorphology):
         return False
     return any(result.parameters.table[f"{path}.morphology.{name}"].free for name in component.morphology.constraints)
-
-
-def _is_at_bound(component, path, result: FitResult) -> bool:
-    """Return whether a free shape parameter is at the end of its range, or a radius has gone to nothing."""
-    for name, value in parameter_values(component.morphology).items():
-        parameter = result.parameters.table[f"{path}.morphology.{name}"]
-        if not parameter.free or name in (*IMAGES, "amplitudes"):
-            continue
-        low = getattr(parameter.constraint, "lower_bound", -np.inf)
-        high = getattr(parameter.constraint, "upper_bound", np.inf)
-        margin = BOUND_MARGIN * (high - low) if np.isfinite(high - low) else SMALLEST_RADIUS
-        if np.any(np.asarray(value) < low + margin) or np.any(np.asarray(value) > high - margin):
-            return True
-    return False
-
-
-def _flags(result: FitResult, flux, error, blendedness, correlation, masked_fraction) -> np.ndarray:
-    """Return the flags of every source."""
-    frame = result.scene.frame
-    flags = np.zeros(len(flux), int)
-    for n, (name, source) in enumerate(result.scene.sources.items()):
-        boxes = [component_box(part, frame) for _, part in source.components(f"sources.{name}")]
-        inner = frame.box.grow(-1)
-        if any(inner.intersection(box).shape != box.shape for box in boxes):
-            flags[n] |= Flag.EDGE
-        if any(_is_at_bound(part, path, result) for path, part in source.components(f"sources.{name}")):
-            flags[n] |= Flag.AT_BOUND
-    flags[~np.isfinite(flux).all(axis=1)] |= Flag.NO_DATA
-    flags[(np.isfinite(flux) & (flux <= 0)).any(axis=1)] |= Flag.ZERO_FLUX
-    flags[~(np.nan_to_num(flux) > 0).any(axis=1)] |= Flag.VANISHED
-    flags[masked_fraction > MASKED_FRACTION] |= Flag.MASKED
-    flags[(flux < -SIGNIFICANT * error).any(axis=1)] |= Flag.NEGATIVE
-    is_drowned = (blendedness > LARGEST_BLENDEDNESS) & (flux > SIGNIFICANT * error)
-    flags[(correlation > LARGEST_CORRELATION) | is_drowned.any(axis=1)] |= Flag.BLENDED
-    if not result.is_converged:
-        flags |= Flag.NOT_CONVERGED
-    return flags
