@@ -46,9 +46,10 @@ def pinned(tool: str) -> str:
 
 
 def lower_bounds() -> list[str]:
-    """Turn each `name>=version` of the dependencies and the sim extra into `name==version`."""
+    """Turn each `name>=version` of the dependencies and the extras of users into `name==version`."""
     bounds = []
-    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["sim"]:
+    extras = PROJECT["optional-dependencies"]
+    for line in PROJECT["dependencies"] + extras["sim"] + extras["parquet"]:
         if not (match := re.fullmatch(r"([\w-]+)>=([\w.]+)", line)):
             raise ValueError(f"expected 'name>=version' in pyproject.toml, got {line!r}")
         bounds.append(f"{match[1]}=={match[2]}")
@@ -65,7 +66,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
-    session.install("-e", ".[dev,sim]")
+    session.install("-e", ".[dev,parquet,sim]")
     session.run(*PYTEST, *session.posargs, env=ENVIRONMENT)
 
 
@@ -74,7 +75,7 @@ def tests_oldest(session: nox.Session) -> None:
     """Run the tests with the oldest dependencies that pyproject.toml admits."""
     constraints = Path(session.create_tmp()) / "lower_bounds.txt"
     constraints.write_text("\n".join(lower_bounds()) + "\n")
-    session.install("-c", str(constraints), "-e", ".[dev,sim]")
+    session.install("-c", str(constraints), "-e", ".[dev,parquet,sim]")
     session.run(*PYTEST, *session.posargs, env=ENVIRONMENT)
 
 

@@ -100,6 +100,6 @@ def test_files_that_cannot_be_written(table, tmp_path, monkeypatch):
         sf.write_catalog(tmp_path / "t.txt", table)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'scenefit\[parquet\]'"):
         sf.write_catalog(tmp_path / "t.parquet", table)
     assert list(tmp_path.iterdir()) == []

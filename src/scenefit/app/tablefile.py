@@ -51,7 +51,8 @@ def write_catalog(path: str | os.PathLike, table: QTable) -> None:
     kind = FORMATS[ending]
     if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ModuleNotFoundError(
-            f"{path}: Parquet files want pyarrow, which isn't installed: pip install "scenefit[parquet]", or choose .ecsv or .fits."
+            f"{path}: Parquet files want pyarrow, which isn't installed: pip install 'scenefit[parquet]', or choose .ecsv or "
+            ".fits."
         )
     with atomic_path(path) as temporary:
         if kind == "fits":
