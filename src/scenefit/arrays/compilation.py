@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +15,27 @@ from jaxtyping import Array
 
 CPU_OPTIONS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 """XLA options that halve the compile time of a solver step on CPUs and leave its run time as it is."""
+
+MAPPINGS, MAX_MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+"""Where Linux lists the memory mappings of a process, and says how many it may have."""
+SHARE_OF_MAPPINGS = 0.5
+"""Share of these from which on compiled programs are dropped."""
+
+
+def make_room(share: float = SHARE_OF_MAPPINGS) -> None:
+    """Drop all compiled programs of the process if memory mappings run short: they are compiled again when they are called.
+
+    A program of XLA takes tens of mappings on CPUs, a fit of a new structure two to three thousand, and Linux grants 65530: after
+    some 25 fits of different structures the compiler would fail. Call it where nothing is being traced.
+    """
+    try:
+        with MAPPINGS.open("rb") as file:
+            count = sum(1 for _ in file)
+        limit = int(MAX_MAPPINGS.read_text())
+    except OSError:  # Not Linux.
+        return
+    if count > share * limit:
+        jax.clear_caches()
 
 
 def compiled(function: Callable) -> Callable:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from scenefit.arrays.box import Box
-from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled
+from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled, make_room
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
 from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
@@ -155,6 +155,7 @@ def fit(
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}.")
     observations = [observations] if isinstance(observations, Observation) else list(observations)
     begin = time.perf_counter()
+    make_room()
     observations = [obs.match(scene.frame) for obs in observations]
     matched = time.perf_counter()
     parameters = Parameters.default(scene, observations) if parameters is None else parameters
