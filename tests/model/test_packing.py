@@ -22,6 +22,7 @@ from scenefit.model.packing import (
     component_box,
     evaluate_stacks,
     flux_units,
+    memory_size,
     merged_buckets,
     model_psf_sigma,
     pack,
@@ -143,6 +144,21 @@ def test_images_up_to_the_last_pixel(eps):
     # 4 eps: rounding of two products. The stamp is the frame, and the padded one larger.
     np.testing.assert_allclose(Scene(make_frame(), [source]).evaluate(), brute_force([source]), rtol=4 * eps)
     np.testing.assert_allclose(Scene(make_frame(padding=0), [source]).evaluate(), brute_force([source]), rtol=4 * eps)
+
+
+def test_stamps_that_memory_cannot_hold(monkeypatch):
+    """10 GB here; a machine with less says so before it begins."""
+    frame = Frame((1000, 1000), channels="i")
+    sources = [(f"sources.{n}", Source((500.0, 500.0), [1.0], SersicMorphology(300.0, 4.0))) for n in range(800)]
+    monkeypatch.setattr("scenefit.model.packing.memory_size", lambda: 4e9)
+    with pytest.raises(
+        MemoryError, match=r"The stamps of 800 components take .* this machine has 4\.0 GB; 800 of them, of"
+    ):
+        pack(frame, sources)
+
+
+def test_this_machine_has_memory():
+    assert 2**28 < memory_size() < 2**50
 
 
 def test_a_composite_is_the_sum_of_its_parts(eps):

@@ -8,6 +8,7 @@ compile time does not depend on how many sources there are.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Collection, Sequence
 
 import equinox as eqx
@@ -29,6 +30,8 @@ from scenefit.sky.frame import Frame
 MAX_ROOM, ROOM_CANVASES = 2.5, 4
 """The stamps of profiles are at most by this ratio larger than need be, as long as all have no more pixels than so many
 canvases."""
+STAMP_COPIES = 3
+"""Images of the size of all stamps that a fit holds at a time, at least: the stamps, a change and a gradient."""
 FEWEST_CLUMPS = 4
 """Clumps of all morphologies are padded to this number, or its double, fourfold ..."""
 SPARE_CANVASES, SPARE_PIXELS = (3, 10), 1 << 21
@@ -216,6 +219,8 @@ def pack(
     ------
     ValueError
         If a component lies outside the frame, or an image sticks out of it.
+    MemoryError
+        If the stamps can't be held in memory.
     """
     unit = np.ones(len(frame.channels)) if flux_unit is None else np.asarray(flux_unit, dtype=float)
     canvas = frame.fft_shape
@@ -250,7 +255,30 @@ def pack(
         flux_unit = flux_units(layout, unit, component.spectrum.flux.shape[0])
         members.append(Member(path, keys.index(key), len(rows[key]), box, offset, flux_unit))
         rows[key].append((component, members[-1], origin, layout))
+    _check_memory(rows)
     return [_build_stack(rows[key], key[2], unit, frame.channels, clumps) for key in keys], members
+
+
+def memory_size() -> float:
+    """Return the bytes of memory of this machine, infinite where it doesn't say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # Windows
+        return np.inf
+
+
+def _check_memory(rows):
+    """Raise MemoryError if stamps take more memory than there is."""
+    itemsize = jnp.result_type(float).itemsize
+    sizes = {key: STAMP_COPIES * itemsize * bucket_count(len(each)) * np.prod(key[2]) for key, each in rows.items()}
+    total, available = sum(sizes.values()), memory_size()
+    if total > available:
+        largest = max(sizes, key=lambda key: sizes[key])
+        raise MemoryError(
+            f"The stamps of {sum(map(len, rows.values()))} components take {total / 1e9:.1f} GB at least, and this machine has "
+            f"{available / 1e9:.1f} GB; {len(rows[largest])} of them, of {' x '.join(map(str, largest[2]))} pixels, take "
+            f"{sizes[largest] / 1e9:.1f} GB. Make the stamps smaller (half_size=, or smaller radii), or fit parts of the field."
+        )
 
 
 def merged_buckets(sides: Sequence[int], spare: int) -> list[int]:
