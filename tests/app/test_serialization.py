@@ -227,7 +227,7 @@ EXAMPLES = {
     "SersicMorphology": SersicMorphology(link.Polynomial([1 / 3, 2.0], WAVELENGTHS), 1.5, [0.1, -1 / 3]),
     "ExponentialMorphology": ExponentialMorphology(2 / 3, [0.1, -1 / 3]),
     "DeVaucouleursMorphology": DeVaucouleursMorphology(2 / 3),
-    "ClumpyMorphology": ClumpyMorphology(2 / 3, 1.1, [0.1, -1 / 3], [[1 / 3, 2.0]], [1 / 7]),
+    "ClumpyMorphology": ClumpyMorphology(2 / 3, 1.1, [0.1, -1 / 3], [[1 / 3, 2.0]], [1 / 7], [0.1, -2 / 3]),
     "MultiGaussianMorphology": MultiGaussianMorphology([1 / 3, 2.0], [0.2, 0.8], [0.1, -1 / 3]),
     "Diagnostics": Diagnostics({"a": np.array(1.001)}, {"a": np.array(1e3)}, float("nan"), 0.0),
     "Posterior": make_posterior(),
