@@ -10,29 +10,42 @@ def num_mappings() -> int:
     return compilation.MAPPINGS.read_bytes().count(b"\n")
 
 
-@pytest.mark.skipif(not compilation.MAPPINGS.exists(), reason="memory mappings are listed on Linux only")
-def test_compiled_programs_are_dropped_where_mappings_run_short():
-    calls = []
+@pytest.fixture
+def sine():
+    """A compiled function, and the shapes that it has been traced for."""
+    traced = []
 
     @compiled
-    def sine(x):
-        calls.append(x.shape)
+    def function(x):
+        traced.append(x.shape)
         return jnp.sin(x) @ jnp.cos(x)
 
+    return function, traced
+
+
+@pytest.mark.skipif(not compilation.MAPPINGS.exists(), reason="memory mappings are listed on Linux only")
+def test_compiled_programs_are_dropped_where_mappings_run_short(sine, monkeypatch):
+    function, traced = sine
     for size in range(2, 22):
-        sine(np.ones(size))
+        function(np.ones(size))
     full = num_mappings()
     make_room()
-    # One beside them comes and goes: far from half of all.
-    sine(np.ones(2))
-    assert len(calls) == 20
-    make_room(share=0.0)
+    # Far from half of all.
+    function(np.ones(2))
+    assert len(traced) == 20
+    monkeypatch.setattr(compilation, "SHARE_OF_MAPPINGS", 0.0)
+    make_room()
     # Two mappings a program at least.
     assert num_mappings() < full - 40
-    assert sine(np.ones(2)) == pytest.approx(2 * np.sin(1) * np.cos(1))
-    assert len(calls) == 21
+    assert function(np.ones(2)) == pytest.approx(2 * np.sin(1) * np.cos(1))
+    assert len(traced) == 21
 
 
-def test_a_system_without_such_a_list(monkeypatch, tmp_path):
+def test_a_system_without_such_a_list_keeps_them(sine, monkeypatch, tmp_path):
+    function, traced = sine
     monkeypatch.setattr(compilation, "MAPPINGS", tmp_path / "none")
-    make_room(share=0.0)
+    monkeypatch.setattr(compilation, "SHARE_OF_MAPPINGS", 0.0)
+    function(np.ones(3))
+    make_room()
+    function(np.ones(3))
+    assert len(traced) == 1

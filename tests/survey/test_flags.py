@@ -25,10 +25,15 @@ def observe(weights=1.0):
 
 def table_of(obs=None, places=PLACES, fluxes=(400.0, 400.0), parameters=None, status=Status.CONVERGED):
     """Return the catalogue of three Gaussians as if they had been fitted."""
-    obs = observe() if obs is None else obs
-    frame = sf.Frame.from_observations([obs])
     fluxes = fluxes if isinstance(fluxes, dict) else dict.fromkeys(places, fluxes)
     sources = {name: sf.Source(place, fluxes[name], sf.GaussianMorphology(1.5)) for name, place in places.items()}
+    return table_of_sources(sources, obs, parameters, status)
+
+
+def table_of_sources(sources, obs=None, parameters=None, status=Status.CONVERGED):
+    """Return the catalogue of sources as if they had been fitted."""
+    obs = observe() if obs is None else obs
+    frame = sf.Frame.from_observations([obs])
     scene, matched = sf.Scene(frame, sources), (obs.match(frame),)
     parameters = sf.Parameters.default(scene, matched) if parameters is None else parameters(scene, matched)
     return sf.catalog(FitResult(scene, matched, parameters, status, 0.0, {}, 0, {}), progress=False)
@@ -80,25 +85,15 @@ def test_light_beyond_the_frame(place, is_flagged):
 
 
 def test_free_pixels_that_end_at_the_edge():
-    obs = observe()
-    frame = sf.Frame.from_observations([obs])
-    square = np.ones((11, 11))
-    sources = {"in": sf.Source((30.0, 22.0), [1.0, 1.0], sf.PixelMorphology(square))}
-    sources["out"] = sf.Source((30.0, 5.0), [1.0, 1.0], sf.PixelMorphology(square))
-    scene, matched = sf.Scene(frame, sources), (obs.match(frame),)
-    parameters = sf.Parameters.default(scene, matched)
-    table = sf.catalog(FitResult(scene, matched, parameters, Status.CONVERGED, 0.0, {}, 0, {}), progress=False)
+    places = {"in": (30.0, 22.0), "out": (30.0, 5.0)}
+    square = sf.PixelMorphology(np.ones((11, 11)))
+    table = table_of_sources({name: sf.Source(place, [1.0, 1.0], square) for name, place in places.items()})
     assert flagged(table, Flag.EDGE) == {"out"}
 
 
 def test_a_clump_without_light_is_no_bound():
-    obs = observe()
-    frame = sf.Frame.from_observations([obs])
     morphology = sf.ClumpyMorphology(4.0, 1.0, (0.1, 0.0), [[2.0, 3.0], [-3.0, 1.0]], [0.1, 0.0])
-    scene, matched = sf.Scene(frame, {"a": sf.Source((30.0, 30.0), [400.0, 400.0], morphology)}), (obs.match(frame),)
-    parameters = sf.Parameters.default(scene, matched)
-    table = sf.catalog(FitResult(scene, matched, parameters, Status.CONVERGED, 0.0, {}, 0, {}), progress=False)
-    assert table["flags"][0] == 0
+    assert table_of_sources({"a": sf.Source((30.0, 30.0), [400.0, 400.0], morphology)})["flags"][0] == 0
 
 
 def test_masked_light():

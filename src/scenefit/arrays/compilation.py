@@ -22,11 +22,11 @@ SHARE_OF_MAPPINGS = 0.5
 """Share of these from which on compiled programs are dropped."""
 
 
-def make_room(share: float = SHARE_OF_MAPPINGS) -> None:
+def make_room() -> None:
     """Drop all compiled programs of the process if memory mappings run short: they are compiled again when they are called.
 
-    A program of XLA takes tens of mappings on CPUs, a fit of a new structure two to three thousand, and Linux grants 65530: after
-    some 25 fits of different structures the compiler would fail. Call it where nothing is being traced.
+    Every program of XLA takes several on CPUs, and Linux grants 65530 by default: after many fits of different structures the
+    compiler would fail. Call it where nothing is being traced.
     """
     try:
         with MAPPINGS.open("rb") as file:
@@ -34,7 +34,7 @@ def make_room(share: float = SHARE_OF_MAPPINGS) -> None:
         limit = int(MAX_MAPPINGS.read_text())
     except OSError:  # Not Linux.
         return
-    if count > share * limit:
+    if count > SHARE_OF_MAPPINGS * limit:
         jax.clear_caches()
 
 

@@ -36,7 +36,7 @@ FEWEST_CLUMPS = 4
 """Clumps of all morphologies are padded to this number, or its double, fourfold ..."""
 SPARE_CANVASES, SPARE_PIXELS = (3, 10), 1 << 21
 """Canvases that stamps may be padded by to have fewer distinct sizes: the second number, but the first where that is more than so
-many pixels. A size less saves 5 s of compilation in a fit of eight galaxies, of 30 s, and hardly any time of its steps."""
+many pixels. Every size is compiled by itself."""
 
 
 class Stack(eqx.Module):
