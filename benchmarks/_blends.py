@@ -13,6 +13,10 @@ from scipy.optimize import linear_sum_assignment
 
 RADIUS = 0.15
 """Distance in arcsec within which a source is found."""
+SIGMA, KERNEL = 0.010, np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
+"""Noise of a pixel of the space camera, and the kernel that correlates it."""
+SEPARATION, LEAST_SNR = 0.3, 20.0
+"""Sources that a detection has to find are farther than this from others, in arcsec, and more significant in the space camera."""
 
 
 def add_blends(parser: argparse.ArgumentParser):
@@ -69,3 +73,10 @@ def pairs(truth: SkyCoord, found: SkyCoord) -> np.ndarray:
         near = distance[rows, columns] < RADIUS
         result[rows[near]] = columns[near]
     return result
+
+
+def is_wanted(truth: SkyCoord, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which sources a detection has to find, and their signal to noise, from their images in the space camera."""
+    snr = np.sqrt((np.asarray(images, float) ** 2).sum(axis=(1, 2)) * (KERNEL**2).sum()) / SIGMA
+    apart = truth[:, None].separation(truth[None, :]).arcsec + 1e3 * np.eye(len(truth))
+    return (snr > LEAST_SNR) & (apart.min(axis=1) > SEPARATION), snr

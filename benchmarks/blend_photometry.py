@@ -8,7 +8,7 @@ Without files and simulator it says so and measures nothing.
 Every file holds images of a space and a ground camera as `sf.read_observations` takes them, the positions of the sources
 (CATALOG), their magnitudes (TRUTH) and the image of each alone without noise (SRC_HST, SRC_HSC). All is done as `scenefit fit`
 does it: noise measured where it is correlated, families chosen, offset of the ground camera fitted. With `--detect` the positions
-are not given.
+are not given; completeness and purity of the catalogue are then those of `detection.py`, after the fit has moved its sources.
 
 The limit is a linear fit of fluxes with the true images of all sources: the error that is left if every shape is known. The
 isolated half of all sources is that with the least light of others within their own (weighted with it, in i from the ground).
@@ -25,7 +25,7 @@ import warnings
 
 import astropy.units as u
 import numpy as np
-from _blends import add_blends, blends, pairs
+from _blends import LEAST_SNR, add_blends, blends, is_wanted, pairs
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
@@ -65,6 +65,8 @@ def measure(path: pathlib.Path, detect: bool) -> dict:
     with fits.open(path) as hdus:
         truth = Table(hdus["TRUTH"].data)
         limits, overlap = limit(hdus, truth)
+        sky = SkyCoord(truth["ra"], truth["dec"], unit=u.deg)
+        wanted, _ = is_wanted(sky, hdus["SRC_HST"].data)
     start = time.perf_counter()
     observations = [sf.CorrelatedObservation.if_correlated(o, progress=False) for o in sf.read_observations(path)]
     frame = sf.Frame.from_observations(observations)
@@ -74,7 +76,6 @@ def measure(path: pathlib.Path, detect: bool) -> dict:
     result = sf.fit(scene, observations, parameters, progress=False)
     table = sf.catalog(result, progress=False)
     seconds = time.perf_counter() - start
-    sky = SkyCoord(truth["ra"], truth["dec"], unit=u.deg)
     number = pairs(sky, SkyCoord(table["ra"], table["dec"])) if detect else np.arange(len(truth))
     found = number >= 0
     error, sigma = (np.full((len(truth), len(CHANNELS)), np.nan) for _ in range(2))
@@ -93,6 +94,7 @@ def measure(path: pathlib.Path, detect: bool) -> dict:
         "sigma": sigma,
         "limit": limits,
         "overlap": overlap,
+        "wanted": wanted,
         "false": len(table) - int(found.sum()),
     }
 
@@ -119,13 +121,16 @@ def main():
                 for kind, magnitude, row in zip(field["kinds"], field["magnitudes"], field["error"], strict=True):
                     print(f"  {kind:7s} {magnitude:5.2f} " + " ".join(f"{value:+.3f}" for value in row))
     error, sigma, limits = (np.concatenate([field[key] for field in fields]) for key in ("error", "sigma", "limit"))
-    overlap = np.concatenate([field["overlap"] for field in fields])
+    overlap, wanted = (np.concatenate([field[key] for field in fields]) for key in ("overlap", "wanted"))
+    found = np.isfinite(error).any(axis=1)
     isolated = overlap <= np.median(overlap)
     figures = {
         "fields": len(fields),
         "sources": len(error),
-        "found": int(np.isfinite(error).any(axis=1).sum()),
+        "found": int(found.sum()),
         "false": sum(field["false"] for field in fields),
+        "completeness": float(found[wanted].mean()),
+        "purity": float(found.sum() / (found.sum() + sum(field["false"] for field in fields))),
         "seconds": float(np.median([field["seconds"] for field in fields])),
         "first_seconds": fields[0]["seconds"],
         "not_converged": sum(field["status"] != "CONVERGED" for field in fields),
@@ -154,6 +159,11 @@ def main():
         f"{figures['sources']} sources, {figures['false']} false; {figures['seconds']:.1f} s a field, the first "
         f"{figures['first_seconds']:.1f} s; {figures['not_converged']} not converged"
     )
+    if arguments.detect:
+        print(
+            f"completeness {figures['completeness']:.3f} ({found[wanted].sum()} of {wanted.sum()} with S/N > {LEAST_SNR:g}), "
+            f"purity {figures['purity']:.3f}"
+        )
     if arguments.json:
         print(json.dumps(figures))
 

@@ -153,7 +153,7 @@ def fluxes_in(result: sf.FitResult) -> tuple[Array, Array]:
     """Return fluxes and errors (source, channel)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = sf.catalog(result, progress=False)
+        table = sf.catalog(result, model_error=False, progress=False)
     fluxes, errors = (
         np.stack([table[f"{what}_{channel}"] for channel in ALL], axis=-1) for what in ("flux", "flux_err")
     )

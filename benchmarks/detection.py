@@ -26,14 +26,11 @@ import warnings
 
 import astropy.units as u
 import numpy as np
-from _blends import add_blends, blends, pairs
+from _blends import LEAST_SNR, add_blends, blends, is_wanted, pairs
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 
 import scenefit as sf
-
-SIGMA, KERNEL = 0.010, np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
-SEPARATION, LEAST_SNR = 0.3, 20.0
 
 
 def measure(path: pathlib.Path, options: dict) -> dict:
@@ -49,15 +46,12 @@ def measure(path: pathlib.Path, options: dict) -> dict:
     seconds = time.perf_counter() - start
     with fits.open(path) as hdus:
         rows = hdus["TRUTH"].data
-        images = hdus["SRC_HST"].data.astype(float)
         # The epoch of the catalogue that comes with the images, FK5, is within a milliarcsecond of ICRS at this tolerance.
         truth = SkyCoord(rows["ra"], rows["dec"], unit=u.deg)
         kinds = [str(kind).strip() for kind in rows["kind"]]
         radii = np.array(rows["hlr_arcsec"], float)
-    snr = np.sqrt((images**2).sum(axis=(1, 2)) * (KERNEL**2).sum()) / SIGMA
-    apart = truth[:, None].separation(truth[None, :]).arcsec + 1e3 * np.eye(len(truth))
+        counts, snr = is_wanted(truth, hdus["SRC_HST"].data)
     number = pairs(truth, found.skycoord if len(found) else truth[:0])
-    counts = (snr > LEAST_SNR) & (apart.min(axis=1) > SEPARATION)
     extra = sorted(set(range(len(found))) - set(number.tolist()))
     return {
         "field": path.stem,

@@ -54,7 +54,7 @@ def compare_tolerances(scene, observations, parameters, tolerances) -> list[dict
     rows, fluxes, errors = [], [], []
     for rtol in sorted(tolerances, reverse=True):
         result = sf.fit(scene, observations, parameters, rtol=rtol, progress=False, max_steps=300)
-        table = sf.catalog(result)
+        table = sf.catalog(result, model_error=False)
         channels = scene.frame.channels
         fluxes.append(np.array([[row[f"flux_{c}"].value for c in channels] for row in table]))
         errors.append(np.array([[row[f"flux_err_{c}"].value for c in channels] for row in table]))

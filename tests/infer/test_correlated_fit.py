@@ -48,7 +48,7 @@ def test_errors_of_fluxes_are_those_of_the_dense_covariance(size):
     expected = np.sqrt(np.diag(np.linalg.inv(images @ np.linalg.solve(covariance, images.T))))
     obs = observation(blank.render(scene(frame)), noise)
     parameters = sf.Parameters.default(scene(frame), [obs]).fix("sources.*.center").fix("sources.*.morphology.*")
-    table = sf.catalog(sf.fit(scene(frame), obs, parameters, progress=False), progress=False)
+    table = sf.catalog(sf.fit(scene(frame), obs, parameters, progress=False), model_error=False, progress=False)
     # Up to 1024 pixels the whitening is exact: 1e-3 is the iteration's and single precision's. Beyond, for this noise whose
     # power vanishes at the highest frequency, stated errors are up to a tenth too small for a star, less for galaxies.
     tolerance = 1e-3 if size == 24 else 0.1
@@ -67,7 +67,7 @@ def test_fluxes_scatter_as_their_errors_say():
         for kind, own in (("correlated", noise), ("white", sf.WhiteNoise(np.ones((1, size, size))))):
             result = sf.fit(scene(frame), observation(data, own), progress=False)
             assert result.is_converged
-            table = sf.catalog(result, progress=False)
+            table = sf.catalog(result, model_error=False, progress=False)
             pulls[kind].append((table["flux_i"] - fluxes) / table["flux_err_i"])
     # 80 numbers: a width is known to 0.08.
     assert np.std(pulls["correlated"]) == pytest.approx(1, abs=0.25)

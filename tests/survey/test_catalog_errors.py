@@ -169,10 +169,10 @@ def test_errors_are_those_of_the_dense_covariance(size, name):
     slopes = differences(truth_of, values, lambda path: 0.01 * step_of(path))
     slopes[16] = differences(lambda moved: ratios(with_values(result, moved)), values, step_of)[1]
     expected = np.sqrt(np.einsum("qi,ij,qj->q", slopes, covariance, slopes))
-    found = errors_in(sf.catalog(result, progress=False))
+    found = errors_in(sf.catalog(result, model_error=False, progress=False))
     # 2e-2: the radius is measured from pixels, its errors have been within 7e-3; all others within 2e-3.
     np.testing.assert_allclose(found, expected, rtol=0.02)
-    together = sf.catalog_covariance(result, progress=False)
+    together = sf.catalog_covariance(result, model_error=False, progress=False)
     names = [(source, column.replace("_err", "", 1)) for source in ("galaxy", "disk") for column in COLUMNS]
     order = [together.names.index(each) for each in names]
     correlation = together.matrix[np.ix_(order, order)] / np.outer(found, found)

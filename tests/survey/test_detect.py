@@ -218,6 +218,22 @@ def test_clumps_belong_to_their_host():
     assert found.clumps["fraction"][distance.argmin()] == pytest.approx(0.02, rel=0.4)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("apart", [11, 15])
+def test_overlapping_galaxies_are_two(apart, seed):
+    """The first model takes light of both; once both are modelled each has its own, and is where it is."""
+    low = 40 - apart / 2
+    places = [(low, 38), (low + apart, 42)]
+    frame, observations = fields([(*places[0], 6000.0, 5.0), (*places[1], 2400.0, 3.0)], seed=seed)
+    found = detect(observations, frame, progress=False)
+    assert len(found) == 2
+    away = distances(found, places)
+    # Standard errors are below 0.1; the profiles of one are seen through models of the other.
+    assert (away.min(axis=0) < 0.5).all()
+    # 10 %: fluxes are first ones, of sums of rings of certain sizes.
+    np.testing.assert_allclose(found.table["flux_v"].value[away.argmin(axis=0)], [6000, 2400], rtol=0.1)
+
+
 def test_correlated_noise_makes_no_sources():
     frame, observations = of_stars(correlated=True, rotation=20.0)
     found = detect(observations, frame, progress=False)

@@ -49,7 +49,7 @@ def measure(obs, positions, frame=None, model="auto"):
     """Return the catalogue of a fit that starts from positions alone."""
     frame = sf.Frame.from_observations([obs]) if frame is None else frame
     scene = sf.initialize(frame, [obs], positions, model=model, progress=False)
-    return sf.catalog(sf.fit(scene, [obs], progress=False), progress=False)
+    return sf.catalog(sf.fit(scene, [obs], progress=False), model_error=False, progress=False)
 
 
 def pulls(table, field, channel="g", scale=1.0):
@@ -115,7 +115,7 @@ def test_cosmic_rays(rng):
     obs = observe(data, noise=sf.StudentTNoise(np.ones((1, *SHAPE)), 3.0))
     frame = sf.Frame.from_observations([obs])
     result = sf.fit(sf.initialize(frame, [obs], positions, model="gaussian", progress=False), [obs], progress=False)
-    assert np.all(np.abs(pulls(sf.catalog(result, progress=False), FIELD)) < 4)
+    assert np.all(np.abs(pulls(sf.catalog(result, model_error=False, progress=False), FIELD)) < 4)
     outliers = abs(obs.residual(result.scene)) > 6 * obs.noise.level()[:, None, None]
     np.testing.assert_array_equal(outliers[0], hits > 0)
     masked = measure(observe(data, weights=np.where(outliers[0], 0.0, 1.0)), positions, model="gaussian")

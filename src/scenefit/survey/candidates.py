@@ -21,12 +21,16 @@ STRUCTURE_REACH, STRUCTURE_FRACTION = 1.0, 0.1
 """The same for peaks that are resolved, which are arms, asymmetries and the like."""
 RESIDUE_FRACTION = 0.02
 """What counts in place of `CLUMP_FRACTION` for other resolved peaks: no profile or PSF is known better."""
+UNRESOLVED = 1.0
+"""Half-light radius, in standard deviations of the sharpest PSF, below which a model is that of a clump."""
 LEAST_CONTRAST = 0.7
 """Part of the threshold that the contrast of a peak must reach; the rest of a point's significance is in its surroundings."""
 RESOLVED = 0.85
 """A peak is resolved if its significance at some larger scale exceeds this part of that at the two smallest."""
 APART = 3.0
 """Resolved sources are accepted together if they are farther apart than this, in units of the largest scale."""
+SAME = 0.7
+"""Two sources nearer to each other than this part of the smaller half-light radius are one."""
 NEAR = 1.5
 """Model pixels within which a peak is looked for at its best scale, next to its surroundings: hosts move it elsewhere."""
 
@@ -139,10 +143,19 @@ def _candidates(sky: Sky, layer: Layer, numerator: np.ndarray, spread: np.ndarra
     return result
 
 
-def sort_out(
-    candidates: Sequence[Candidate], hosts: Sequence[Host], psf_sigma: float, number: int = 0
-) -> tuple[list[Candidate], list[tuple[Candidate, int]]]:
-    """Return the candidates that are sources, and those that are clumps with the numbers of their hosts.
+class Sorted(NamedTuple):
+    """Candidates that are sources, that may be, and that are clumps, with the numbers of their hosts."""
+
+    sources: list[Candidate]
+    doubtful: list[Candidate]
+    clumps: list[tuple[Candidate, int]]
+
+
+def sort_out(candidates: Sequence[Candidate], hosts: Sequence[Host], psf_sigma: float, number: int = 0) -> Sorted:
+    """Return what candidates are.
+
+    Resolved ones that look like a part of a host are doubtful: what its model took of their light has to be known to tell
+    (`host_of`).
 
     Parameters
     ----------
@@ -154,27 +167,62 @@ def sort_out(
         Of the layer they were found in. In any but the first, sizes say too little to tell structure of a host from sources.
     """
     if not hosts:
-        return list(candidates), []
+        return Sorted(list(candidates), [], [])
     places = np.array([host.position for host in hosts])
     radii = np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
     fluxes = np.maximum([host.flux[min(number, len(host.flux) - 1)] for host in hosts], 1e-30)
-    sources, clumps = [], []
+    sources, doubtful, clumps = [], [], []
     for candidate in candidates:
         distance = np.hypot(*(places - candidate.position).T)
         reach, fraction = distance / radii, candidate.flux / fluxes
         if (distance < CORE * psf_sigma).any():
             continue
-        is_near, fading = reach < 2 * CLUMP_REACH, fraction * np.maximum(reach / CLUMP_REACH, 1.0)
-        is_clump = is_near & (fading < CLUMP_FRACTION)
+        is_clump = _is_clump(reach, fraction)
         if number > 0:
             if is_clump.any():
                 continue
         elif candidate.is_resolved:
-            is_structure = (reach < STRUCTURE_REACH) & (fraction < STRUCTURE_FRACTION)
-            if (is_structure | ((reach < CLUMP_REACH) & (fraction < RESIDUE_FRACTION))).any():
+            if _is_structure(reach, fraction).any():
+                doubtful.append(candidate)
                 continue
         elif is_clump.any():
             clumps.append((candidate, int(np.argmin(np.where(is_clump, reach, np.inf)))))
             continue
         sources.append(candidate)
-    return sources, clumps
+    return Sorted(sources, doubtful, clumps)
+
+
+def host_of(number: int, hosts: Sequence[Host], psf_sigma: float) -> int | None:
+    """Return of which host another one of them is a part, by what one model of all has of its light; None if of none."""
+    part = hosts[number]
+    distance = np.hypot(*(np.array([host.position for host in hosts]) - part.position).T)
+    reach = distance / np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
+    fraction = part.flux[0] / np.maximum([host.flux[0] for host in hosts], 1e-30)
+    is_part = _is_clump(reach, fraction) if part.radius < UNRESOLVED * psf_sigma else _is_structure(reach, fraction)
+    is_part[number] = False
+    return int(np.argmin(np.where(is_part, reach, np.inf))) if is_part.any() else None
+
+
+def nearest_radius(position: np.ndarray, hosts: Sequence[Host], psf_sigma: float) -> float:
+    """Return the half-light radius, PSF included, of the host that a position is the fewest of them away from."""
+    radii = np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
+    distance = np.hypot(*(np.array([host.position for host in hosts]) - position).T)
+    return float(radii[np.argmin(distance / radii)])
+
+
+def _is_clump(reach: np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Return of which hosts something unresolved is a part."""
+    return (reach < 2 * CLUMP_REACH) & (fraction * np.maximum(reach / CLUMP_REACH, 1.0) < CLUMP_FRACTION)
+
+
+def _is_structure(reach: np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Return of which hosts something resolved is a part."""
+    is_inside = (reach < STRUCTURE_REACH) & (fraction < STRUCTURE_FRACTION)
+    return is_inside | ((reach < CLUMP_REACH) & (fraction < RESIDUE_FRACTION))
+
+
+def is_doubled(positions: np.ndarray, radii: np.ndarray, significance: np.ndarray) -> np.ndarray:
+    """Return which sources are well inside a more significant one that is as wide: parts of one thing."""
+    distance = np.hypot(*(positions[:, None] - positions).transpose(2, 0, 1))
+    is_inside = distance < SAME * np.minimum(radii[:, None], radii)
+    return (is_inside & (significance > significance[:, None])).any(axis=1)

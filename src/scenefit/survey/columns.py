@@ -46,7 +46,7 @@ COLUMNS = {
     "position_angle_err": Column(
         "standard error, at most that of an angle of which nothing is known", "stat.error;pos.posAng"
     ),
-    "snr": Column("flux over its error, all channels added in quadrature", "stat.snr;phot.flux"),
+    "snr": Column("flux over its error without that of models, all channels added in quadrature", "stat.snr;phot.flux"),
     "star_score": Column(
         "probability of a point against a galaxy, 0 to 1; NaN for free pixels, whose size has no error",
         "src.class.starGalaxy",
@@ -64,7 +64,7 @@ COLUMNS = {
 """By name."""
 CHANNEL_COLUMNS = {
     "flux": Column("total flux of the model", "phot.flux.density"),
-    "flux_err": Column("standard error", "stat.error;phot.flux.density"),
+    "flux_err": Column("standard error, that of models included", "stat.error;phot.flux.density"),
     "mag": Column("AB magnitude; NaN where the flux isn't positive or isn't calibrated", "phot.mag"),
     "mag_err": Column("standard error, to first order", "stat.error;phot.mag"),
     "blendedness": Column(

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import astropy.units as u
-import equinox as eqx
 import numpy as np
 import scipy.sparse
 from astropy.coordinates import SkyCoord
@@ -16,26 +14,38 @@ from jax import Array
 from photutils.segmentation import detect_sources
 from photutils.utils.exceptions import NoDetectionsWarning
 
+from scenefit.arrays.peaks import keep_apart
 from scenefit.arrays.progress import with_progress
 from scenefit.data.observation import Observation
 from scenefit.model.scene import Scene
 from scenefit.sky.frame import Frame, is_same_frame
 from scenefit.survey.candidates import (
-    HALF_LIGHT,
+    CLUMP_REACH,
     Candidate,
     Host,
+    Sorted,
     candidate_at,
     first_candidates,
     further_candidates,
+    host_of,
+    is_doubled,
+    nearest_radius,
     one_at_a_time,
     sort_out,
 )
-from scenefit.survey.detections import Detections, flux_columns, length_unit, place_columns
+from scenefit.survey.detections import (
+    Detections,
+    clump_table,
+    flux_columns,
+    known_table,
+    length_unit,
+    place_columns,
+)
 from scenefit.survey.envelopes import psf_width
 from scenefit.survey.listed import catalog_positions, usable_rows
-from scenefit.survey.outliers import without_outliers
-from scenefit.survey.significance import ALIKE, Layer, Sky
-from scenefit.survey.subtraction import RingShape, fit_fluxes, fit_shapes, sharp_image, templates
+from scenefit.survey.search import Entry, Search, brightness, flux_information, search_in
+from scenefit.survey.significance import Layer
+from scenefit.survey.subtraction import RingShape, fit_fluxes, fit_shapes, middles, templates
 
 SCALES = (0.0, 1.25, 2.5, 5.0)
 """Standard deviations of sources that are looked for, in units of that of the sharpest PSF; the last smooths clumps of galaxies
@@ -46,18 +56,12 @@ MATCH_RADIUS = 2.355
 """Distance within which a row of a catalogue is a detection, in standard deviations of the sharpest PSF."""
 MAX_MOVE = 0.5
 """Model pixels along each axis by which a point is moved at once."""
-SAME = 0.7
-"""Two sources nearer to each other than this part of the smaller half-light radius are one."""
+SETTLED = 0.3
+"""Widths of the sharpest PSF by which none may have moved for a model of all sources to hold."""
+TRIALS = 2
+"""Rounds of doubtful candidates near one host that are tried at a look."""
 FOOTPRINT_SIGMA, FOOTPRINT_PIXELS = 2.0, 5
 """Significance (of smoothed light) and number of pixels of which footprints are made."""
-
-
-class Entry(NamedTuple):
-    """A source so far: a candidate, its row in the catalogue (-1: none), and whether the data show it."""
-
-    candidate: Candidate
-    row: int
-    is_detected: bool
 
 
 def detect(
@@ -130,7 +134,7 @@ def detect(
     positions = np.zeros((0, 2)) if catalog is None else catalog_positions(frame, catalog)
     rows = usable_rows(frame, positions, min(psf_width(frame, obs) for obs in observations)).tolist()
     centers = positions[rows]
-    search, outliers = _search(frame, observations, np.asarray(scales, dtype=float), threshold, scene)
+    search, outliers = search_in(frame, observations, np.asarray(scales, dtype=float), threshold, scene)
     layer = search.layers[0]
     numerator = search.sky.chosen(layer, search.planes)
     sources = [
@@ -138,31 +142,17 @@ def detect(
         for center, row in zip(centers, rows, strict=True)
     ]
     first = first_candidates(search.sky, layer, numerator, _spread(search, layer, search.scene_planes), threshold)
-    new, clumps = sort_out(first, [host for _, host in search.known], search.sky.widths[0])
-    sources = _with_new(search, sources, new)
-    fit = _fit(search, sources, None)
+    new, _, clumps = sort_out(first, [host for _, host in search.known], search.sky.widths[0])
+    sources, fit = _settled(search, _with_new(search, sources, new), None)
     for turn in with_progress(range(iterate), "detect", progress):
-        new, clumps = _further(search, sources, fit, resolved_only=turn < iterate - 1)
+        new, doubtful, clumps = _further(search, sources, fit, resolved_only=turn < iterate - 1)
+        if doubtful:
+            new += _separate(search, _with_new(search, sources, new), doubtful, fit)
         if new:
-            sources = _with_new(search, _recentered(search, sources, fit), new)
-            fit = _fit(search, sources, fit)
-    sources = _recentered(search, sources, fit)
+            sources, fit = _settled(search, _with_new(search, sources, new), fit)
+    sources, parts = _without_parts(search, sources, fit)
+    clumps = clumps + parts
     return _detections(search, sources, clumps, fit, outliers)
-
-
-class Search(NamedTuple):
-    """What does not change from one look to the next: `pulls` and `planes` of the data, `image` of the sharpest observations."""
-
-    sky: Sky
-    frame: Frame
-    layers: list[Layer]
-    pulls: list[Array]
-    planes: np.ndarray
-    scene_planes: np.ndarray
-    image: np.ndarray
-    known: list[tuple[str, Host]]
-    threshold: float
-    unit: u.UnitBase
 
 
 class Fit(NamedTuple):
@@ -206,64 +196,6 @@ def _checked(observations, frame, threshold, scales, scene, iterate) -> list[Obs
     return observations
 
 
-def _search(frame: Frame, observations, scales, threshold, scene) -> tuple[Search, dict[str, np.ndarray]]:
-    """Return what to search in, and the pixels of each observation that are left out."""
-    model = None if scene is None else scene.evaluate()
-    residuals, outliers, cleaned = [], {}, []
-    for obs in observations:
-        sky = obs.background_image()
-        known = sky if model is None else obs.render(model)
-        residual = np.where(obs.noise.valid, obs.data - known, 0.0)
-        residual, outliers[obs.name] = without_outliers(obs, residual)
-        residuals.append(residual)
-        cleaned.append(eqx.tree_at(lambda o: o.data, obs, residual + sky))
-    sky = Sky.build(frame, observations, residuals, scales)
-    pulls = sky.pull(np.zeros(frame.shape))
-    planes, scene_planes = sky.coadded(pulls), np.zeros((len(sky.groups), len(sky.sizes), *sky.shape))
-    if model is not None:
-        scene_planes = planes - sky.coadded(sky.pull(model))
-    widths = np.array([psf_width(frame, obs) for obs in observations])
-    search = Search(
-        sky=sky,
-        frame=frame,
-        layers=sky.layers(),
-        pulls=pulls,
-        planes=planes,
-        scene_planes=scene_planes,
-        image=sharp_image(frame, cleaned, widths, ALIKE),
-        known=[] if scene is None else _known(sky, scene),
-        threshold=threshold,
-        unit=u.nJy if all(obs.flux_unit == "nJy" for obs in observations) else u.dimensionless_unscaled,
-    )
-    return search, outliers
-
-
-def _known(sky: Sky, scene: Scene) -> list[tuple[str, Host]]:
-    """Return the sources of a scene as hosts."""
-    result = []
-    for (path, component), (box, image) in zip(scene.components(), scene.stamps().values(), strict=True):
-        flux = np.asarray(component.spectrum.evaluate(scene.frame.channels), dtype=float) / sky.unit
-        y, x = np.mgrid[box.slices]
-        distance = np.hypot(y - component.center[0], x - component.center[1]).ravel()
-        order = np.argsort(distance)
-        light = np.cumsum(np.maximum(image.mean(axis=0).ravel()[order], 0.0))
-        radius = float(distance[order][np.searchsorted(light, 0.5 * light[-1])]) if light[-1] > 0 else 0.0
-        own = HALF_LIGHT * float(scene.frame.psf.effective_sigma[0])
-        name = path.removeprefix("sources.")
-        center = np.asarray(component.center, dtype=float)
-        result.append((name, Host(center, float(np.sqrt(max(radius**2 - own**2, 0.0))), _brightness(sky, flux))))
-    return result
-
-
-def _brightness(sky: Sky, flux: np.ndarray) -> tuple[float, ...]:
-    """Return the flux of a source, in units of the deepest channel, as the sharpest observations show it, and as all do."""
-    result = []
-    for groups in sky.information[:1], sky.information:
-        known = sky.weights**2 * sum(each[0].max(axis=(1, 2)) for each in groups)
-        result.append(float((known * flux / sky.weights).sum() / known.sum()))
-    return tuple(result)
-
-
 def _spread(search: Search, layer: Layer, lit: np.ndarray) -> np.ndarray:
     """Return the error of the numerators of all sizes that comes from imperfect models, of which `lit` is the light."""
     return MODEL_ERROR * np.abs(search.sky.chosen(layer, lit))
@@ -296,7 +228,7 @@ def _fit(search: Search, sources: Sequence[Entry], before: Fit | None) -> Fit:
     known = np.zeros((len(sources), len(frame.channels)))
     nearest = np.clip(np.rint(positions).astype(int), 0, np.array(sky.shape) - 1)
     for row, place, shape in zip(known, nearest, shapes, strict=True):
-        row += _known_of(sky, place, shape).sum(axis=0)
+        row += flux_information(sky, place, shape).sum(axis=0)
     largest = np.array([each[0].max(axis=(1, 2)) for each in sky.information]).sum(axis=0)
     known = np.where(known > 1e-6 * largest, known, 0.0)
     start = np.zeros(known.shape)
@@ -306,53 +238,95 @@ def _fit(search: Search, sources: Sequence[Entry], before: Fit | None) -> Fit:
     return Fit(shapes, images, fluxes, known, pulls, sky.coadded(pulls))
 
 
+def _settled(search: Search, sources: Sequence[Entry], before: Fit | None) -> tuple[list[Entry], Fit]:
+    """Return the sources where a first model of all finds them to be, and a model of all there."""
+    fit = _fit(search, sources, before)
+    moved = _recentered(search, sources, fit)
+    steps = [new.candidate.position - old.candidate.position for new, old in zip(moved, sources, strict=True)]
+    if np.abs(steps).max(initial=0.0) > SETTLED * search.sky.widths[0]:
+        fit = _fit(search, moved, fit)
+    return moved, fit
+
+
 def _recentered(search: Search, sources: Sequence[Entry], fit: Fit) -> list[Entry]:
-    """Return the sources, points moved to where the gradient that their models leave is zero.
+    """Return the sources, points moved to where the gradient that their models leave is zero, others to their middles.
 
     For a PSF of variance v, the displacement is the slope of the numerator over that of the source itself, times 2 v. It matters
     for bright stars, whose rims are bright even if they are misplaced by little.
     """
     sky, layer = search.sky, search.layers[0]
     left = sky.chosen(layer, fit.planes)[0]
+    positions = np.array([source.candidate.position for source in sources]).reshape(-1, 2)
+    centers = middles(search.image, sky.widths[0], positions, fit.shapes, fit.images)
     steps, result = np.eye(2, dtype=int), []
-    for source, flux in zip(sources, fit.fluxes, strict=True):
+    for source, flux, center in zip(sources, fit.fluxes, centers, strict=True):
         candidate = source.candidate
         place = np.clip(np.rint(candidate.position).astype(int), 1, np.array(sky.shape) - 2)
-        own = layer.information[(0, *place)] * _brightness(sky, flux)[0]
+        own = layer.information[(0, *place)] * brightness(sky, flux)[0]
         if source.is_detected and candidate.is_compact and own > 0:
             slope = np.array([left[tuple(place + step)] - left[tuple(place - step)] for step in steps]) / 2
             move = np.clip(2 * layer.psf_sigma[tuple(place)] ** 2 * slope / own, -MAX_MOVE, MAX_MOVE)
             moved = np.clip(candidate.position + move, 0, np.array(sky.shape) - 1)
             source = source._replace(candidate=candidate._replace(position=moved))
+        elif source.is_detected and not candidate.is_compact:
+            source = source._replace(candidate=candidate._replace(position=center))
         result.append(source)
     return result
 
 
-def _known_of(sky: Sky, place: np.ndarray, shape: RingShape) -> np.ndarray:
-    """Return about what each group of observations knows of the flux of a source, shape (group, channel)."""
-    order = np.argsort(sky.sizes)
-    sizes = order[sky.sizes[order] >= 0.7 * shape.radius(0.5) / HALF_LIGHT]
-    known = []
-    for each in sky.information:
-        planes = each[(slice(None), slice(None), *place)]
-        # The next larger size where a narrow one isn't known.
-        used = next((size for size in sizes if planes[size].any()), int(order[-1]))
-        known.append(planes[used])
-    return np.stack(known)
-
-
-def _further(
-    search: Search, sources: Sequence[Entry], fit: Fit, *, resolved_only: bool
-) -> tuple[list[Candidate], list[tuple[Candidate, int]]]:
-    """Return new sources in what models leave, and clumps with the number of their host among sources and known ones."""
-    sky = search.sky
+def _hosts(search: Search, sources: Sequence[Entry], fit: Fit) -> list[Host]:
+    """Return the sources, and then those that were subtracted, as hosts."""
     hosts = [
-        Host(source.candidate.position, shape.radius(0.5), _brightness(sky, flux))
+        Host(source.candidate.position, shape.radius(0.5), brightness(search.sky, flux))
         for source, shape, flux in zip(sources, fit.shapes, fit.fluxes, strict=True)
     ]
-    hosts += [host for _, host in search.known]
+    return hosts + [host for _, host in search.known]
+
+
+def _separate(search: Search, sources: list[Entry], doubtful: Sequence[Candidate], before: Fit) -> list[Candidate]:
+    """Return which doubtful candidates are sources of their own: a model of all gives them their light back to see.
+
+    Those near the same host are tried one after another, the most significant ones first.
+    """
+    width, hosts = search.sky.widths[0], _hosts(search, sources[: len(before.fluxes)], before)
+    waiting = sorted(doubtful, key=lambda each: -each.significance)
+    places = np.array([candidate.position for candidate in waiting])
+    radii = np.array([CLUMP_REACH * nearest_radius(place, hosts, width) for place in places])
+    separate: list[Candidate] = []
+    rest = np.arange(len(waiting))
+    for _ in range(TRIALS):
+        if not len(rest):
+            break
+        chosen = rest[keep_apart(places[rest], radii[rest])]
+        rest = np.setdiff1d(rest, chosen)
+        trial = _with_new(search, sources, [*separate, *(waiting[n] for n in chosen)])
+        hosts = _hosts(search, trial, _fit(search, trial, before))
+        numbers = {id(source.candidate): n for n, source in enumerate(trial)}
+        separate += [waiting[n] for n in chosen if host_of(numbers[id(waiting[n])], hosts, width) is None]
+    return separate
+
+
+def _without_parts(
+    search: Search, sources: Sequence[Entry], fit: Fit
+) -> tuple[list[Entry], list[tuple[Candidate, int]]]:
+    """Return the sources, those that turn out to be parts of others no longer detected, and which of these are clumps."""
+    hosts, width = _hosts(search, sources, fit), search.sky.widths[0]
+    sources, clumps = list(sources), []
+    for number, source in enumerate(sources):
+        host = host_of(number, hosts, width) if source.row < 0 else None
+        if host is not None:
+            sources[number] = source._replace(is_detected=False)
+            if not source.candidate.is_resolved:
+                clumps.append((source.candidate, host))
+    return sources, clumps
+
+
+def _further(search: Search, sources: Sequence[Entry], fit: Fit, *, resolved_only: bool) -> Sorted:
+    """Return what is seen in what models leave; hosts of clumps are counted among the sources and known ones."""
+    sky = search.sky
+    hosts = _hosts(search, sources, fit)
     lit = search.planes - fit.planes + search.scene_planes
-    new, clumps = [], []
+    new, doubtful, clumps = [], [], []
     for number, layer in enumerate(search.layers):
         width = sky.widths[0] if number == 0 else sky.widths[-1]
         found = further_candidates(
@@ -367,10 +341,11 @@ def _further(
             found = [candidate for candidate in found if candidate.is_resolved]
         found = one_at_a_time(sky, found)
         others = [Host(candidate.position, 0.0, (candidate.flux,)) for candidate in new]
-        accepted, its_clumps = sort_out(found, hosts + others, width, number)
-        new += [candidate._replace(layer=number) for candidate in accepted]
-        clumps += its_clumps
-    return new, clumps
+        its = sort_out(found, hosts + others, width, number)
+        new += [candidate._replace(layer=number) for candidate in its.sources]
+        doubtful += its.doubtful
+        clumps += its.clumps
+    return Sorted(new, doubtful, clumps)
 
 
 def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detections:
@@ -381,10 +356,12 @@ def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detectio
     is_shown = np.array([source.is_detected for source in sources], dtype=bool)
     is_shown &= np.array([min(each) >= search.threshold for each in own], dtype=bool)
     is_listed = np.array([source.row >= 0 for source in sources], dtype=bool)
-    is_shown &= is_listed | ~_doubled(sources, fit.shapes, np.where(is_shown, significance, -np.inf))
+    places = np.array([source.candidate.position for source in sources]).reshape(-1, 2)
+    radii = np.array([shape.radius(0.5) for shape in fit.shapes])
+    is_shown &= is_listed | ~is_doubled(places, radii, np.where(is_shown, significance, -np.inf))
     order = np.flatnonzero(is_shown | is_listed)
     order = order[np.lexsort((-significance[order], ~is_shown[order]))]
-    positions = np.array([sources[n].candidate.position for n in order]).reshape(-1, 2)
+    positions = places[order]
     scale = length_unit(frame)
     table = QTable({"id": np.arange(len(order)).astype(str), **place_columns(frame, positions)})
     table["significance"] = significance[order]
@@ -393,7 +370,7 @@ def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detectio
     errors = np.where(known > 0, 1 / np.sqrt(np.where(known > 0, known, 1.0)), np.inf) * sky.unit
     for name, column in flux_columns(frame, fluxes, errors, search.unit).items():
         table[name] = column
-    table["half_light_radius"] = np.array([fit.shapes[n].radius(0.5) for n in order]) * scale
+    table["half_light_radius"] = radii[order] * scale
     table["scale"] = np.array([sky.sizes[sources[n].candidate.scale] for n in order]) * scale
     table["is_compact"] = np.array([sources[n].candidate.is_compact for n in order], dtype=bool)
     origin = np.where(is_listed, np.where(is_shown, "both", "catalog"), "detected")
@@ -401,7 +378,7 @@ def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detectio
     table["catalog_row"] = np.array([sources[n].row for n in order], dtype=int)
     names = {int(n): str(rank) for rank, n in enumerate(order)}
     names |= {len(sources) + n: name for n, (name, _) in enumerate(search.known)}
-    brightness = [_brightness(sky, flux)[0] for flux in fit.fluxes] + [host.flux[0] for _, host in search.known]
+    lights = [brightness(sky, flux)[0] for flux in fit.fluxes] + [host.flux[0] for _, host in search.known]
     layer = search.layers[-1]
     return Detections(
         frame=frame,
@@ -409,8 +386,8 @@ def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detectio
         table=table,
         significance=sky.significance(layer, sky.chosen(layer, search.planes), 0),
         segmentation=_segmentation(search, fit, order),
-        clumps=_clump_table(frame, [(c, n) for c, n in clumps if n in names], names, brightness),
-        known=_known_table(search),
+        clumps=clump_table(frame, [(c, n) for c, n in clumps if n in names], names, lights),
+        known=known_table(frame, search.known),
         outliers=outliers,
     )
 
@@ -419,7 +396,7 @@ def _own_significance(search: Search, source: Entry, shape: RingShape, flux: np.
     """Return how significant the flux of a source is, its neighbours subtracted: in all, and in those that it was found in."""
     sky, layer = search.sky, search.layers[0]
     place = np.clip(np.rint(source.candidate.position).astype(int), 0, np.array(sky.shape) - 1)
-    known = np.stack([sky.weights**2 * each for each in _known_of(sky, place, shape)])
+    known = np.stack([sky.weights**2 * each for each in flux_information(sky, place, shape)])
     sharp = 0 if layer.group is None else int(layer.group[tuple(place)])
     found_in = known[sharp] if source.candidate.layer == 0 else known.sum(axis=0)
     result = []
@@ -427,15 +404,6 @@ def _own_significance(search: Search, source: Entry, shape: RingShape, flux: np.
         total = float(each.sum())
         result.append(float((each * flux / sky.weights).sum() / np.sqrt(total)) if total > 0 else 0.0)
     return result[0], result[1]
-
-
-def _doubled(sources: Sequence[Entry], shapes: Sequence[RingShape], significance: np.ndarray) -> np.ndarray:
-    """Return which sources are well inside a more significant one that is as wide: parts of one thing."""
-    positions = np.array([source.candidate.position for source in sources]).reshape(-1, 2)
-    radii = np.array([shape.radius(0.5) for shape in shapes])
-    distance = np.hypot(*(positions[:, None] - positions).transpose(2, 0, 1))
-    is_inside = distance < SAME * np.minimum(radii[:, None], radii)
-    return (is_inside & (significance > significance[:, None])).any(axis=1)
 
 
 def _segmentation(search: Search, fit: Fit, order: np.ndarray) -> np.ndarray:
@@ -451,25 +419,8 @@ def _segmentation(search: Search, fit: Fit, order: np.ndarray) -> np.ndarray:
     for label, number in enumerate(order, start=1):
         start, stop = fit.images.indptr[number : number + 2]
         pixels = fit.images.indices[start:stop]
-        light = fit.images.data[start:stop] * max(_brightness(sky, fit.fluxes[number])[0], 0.0)
+        light = fit.images.data[start:stop] * max(brightness(sky, fit.fluxes[number])[0], 0.0)
         wins = light > brightest[pixels]
         flat[pixels[wins]] = label
         brightest[pixels[wins]] = light[wins]
     return np.where(footprints.data > 0, labels, 0) if footprints is not None else np.zeros_like(labels)
-
-
-def _clump_table(frame: Frame, clumps, names, brightness) -> QTable:
-    """Return the table of clumps."""
-    positions = np.array([clump.position for clump, _ in clumps]).reshape(-1, 2)
-    table = QTable(place_columns(frame, positions))
-    table["significance"] = np.array([clump.significance for clump, _ in clumps], dtype=float)
-    table["host"] = np.array([names[number] for _, number in clumps], dtype=str)
-    table["fraction"] = np.array([clump.flux / brightness[number] for clump, number in clumps], dtype=float)
-    return table
-
-
-def _known_table(search: Search) -> QTable:
-    """Return the table of the sources of the scene."""
-    positions = np.array([host.position for _, host in search.known]).reshape(-1, 2)
-    names = np.array([name for name, _ in search.known], dtype=str)
-    return QTable({"id": names, **place_columns(search.frame, positions)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import astropy.units as u
 import equinox as eqx
 import numpy as np
@@ -9,6 +11,7 @@ from astropy.coordinates import SkyCoord
 from astropy.table import QTable
 
 from scenefit.sky.frame import Frame
+from scenefit.survey.candidates import Candidate, Host
 from scenefit.survey.catalog import channel_label
 
 
@@ -96,3 +99,21 @@ def flux_columns(frame: Frame, fluxes: np.ndarray, errors: np.ndarray, unit: u.U
 def length_unit(frame: Frame) -> u.Quantity:
     """Return the side of a pixel of the frame: in arcsec, or one pixel without a WCS."""
     return 1.0 * u.pix if frame.wcs is None else frame.pixel_scale * u.arcsec
+
+
+def clump_table(
+    frame: Frame, clumps: Sequence[tuple[Candidate, int]], names: Mapping[int, str], brightness: Sequence[float]
+) -> QTable:
+    """Return the table of clumps, each with the number of its host, of which there are the names and fluxes."""
+    positions = np.array([clump.position for clump, _ in clumps]).reshape(-1, 2)
+    table = QTable(place_columns(frame, positions))
+    table["significance"] = np.array([clump.significance for clump, _ in clumps], dtype=float)
+    table["host"] = np.array([names[number] for _, number in clumps], dtype=str)
+    table["fraction"] = np.array([clump.flux / brightness[number] for clump, number in clumps], dtype=float)
+    return table
+
+
+def known_table(frame: Frame, known: Sequence[tuple[str, Host]]) -> QTable:
+    """Return the table of sources that were known before, with their names."""
+    positions = np.array([host.position for _, host in known]).reshape(-1, 2)
+    return QTable({"id": np.array([name for name, _ in known], dtype=str), **place_columns(frame, positions)})

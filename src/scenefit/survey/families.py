@@ -34,8 +34,9 @@ DISK_SIZE, BULGE_SIZE = 1.1, 0.45
 """Medians of the log-normal priors of the half-light radii, in units of that of the single profile."""
 DISK_SPREAD, BULGE_SPREAD, SIZE_ERROR = 0.25, 0.35, 6.0
 """Widths of these priors in the logarithm; that of a disk is wider for faint sources, by so much over their significance."""
-CENTER_SCATTER = 3.0
-"""Width of the priors of centers about the given positions, in widths of the sharpest PSF."""
+FIRST_SCATTER, CENTER_SCATTER = 1.0, 3.0
+"""Widths of the priors of centers about the given positions, in widths of the sharpest PSF: in the first fit, where faint sources
+are drawn to what single profiles leave of bright ones, and then."""
 SEEN_WITHIN = 6.0
 """A source is seen in an image that has data within so many widths of its PSF: the core of a star may be saturated."""
 ELLIPTICITY_SCATTER = 0.35
@@ -93,11 +94,12 @@ def automatic_scene(
     clumps = find_clumps(result, sigma)
     # A profile of any size where the sharpest image says nothing.
     sources: dict[str, AbstractSource] = {
-        name: _profile(envelope, flux_of[name], UNSEEN_RADIUS * sigma, np.inf, sigma)
+        name: _profile(envelope, flux_of[name], UNSEEN_RADIUS * sigma, np.inf, CENTER_SCATTER * sigma)
         for name, envelope in envelopes.items()
     }
     for name, source in single_sources(result.scene).items():
         significance = _significance(source, sharpest, frame, sigma)
+        source = source.replace(priors=source.priors | _center_prior(envelopes[name].center, CENTER_SCATTER * sigma))
         sources[name] = _family(source, flux_of[name], *clumps[name], significance)
     return Scene(frame, sources)
 
@@ -114,20 +116,20 @@ def _single(envelope: Envelope, flux: np.ndarray, sigma: float) -> Source:
     """Return a point, or a single profile as the envelope has it."""
     radius = ring_radius(RING_SIGMAS, envelope.amplitudes, 0.5)
     if radius < POINT_RADIUS * sigma:
-        return Source(envelope.center, flux, PointMorphology(), _center_prior(envelope, sigma))
-    return _profile(envelope, flux, radius, SINGLE_SIZE, sigma)
+        return Source(envelope.center, flux, PointMorphology(), _center_prior(envelope.center, FIRST_SCATTER * sigma))
+    return _profile(envelope, flux, radius, SINGLE_SIZE, FIRST_SCATTER * sigma)
 
 
-def _profile(envelope: Envelope, flux: np.ndarray, radius: float, spread: float, sigma: float) -> Source:
-    """Return a single profile that starts with a radius."""
+def _profile(envelope: Envelope, flux: np.ndarray, radius: float, spread: float, scatter: float) -> Source:
+    """Return a single profile that starts with a radius; `scatter` is that of its center."""
     morphology = SersicMorphology(radius, SINGLE_INDEX[0], envelope.ellipticity)
-    priors = _center_prior(envelope, sigma) | _shape_priors(radius, spread, SINGLE_INDEX)
+    priors = _center_prior(envelope.center, scatter) | _shape_priors(radius, spread, SINGLE_INDEX)
     return Source(envelope.center, flux, morphology, priors)
 
 
-def _center_prior(envelope: Envelope, sigma: float) -> dict[str, dist.Distribution]:
+def _center_prior(center: np.ndarray, scatter: float) -> dict[str, dist.Distribution]:
     """Return the prior of a center."""
-    return {"center": dist.Normal(envelope.center, CENTER_SCATTER * sigma)}
+    return {"center": dist.Normal(center, scatter)}
 
 
 def _shape_priors(radius: float, spread: float, index: tuple[float, float]) -> dict[str, dist.Distribution]:

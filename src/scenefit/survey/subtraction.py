@@ -8,10 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 from jax import Array
+from scipy import ndimage
 
 from scenefit.arrays.box import Box
+from scenefit.arrays.peaks import climb, refine_peak
 from scenefit.data.observation import Observation
 from scenefit.sky.frame import Frame
+from scenefit.survey.candidates import HALF_LIGHT
 from scenefit.survey.envelopes import RING_SIGMAS, columns, detection_image, fit_rings, ring_images, ring_radius
 from scenefit.survey.significance import Sky
 
@@ -19,6 +22,9 @@ STAMP_LIGHT, RING_EXTENT = 0.99, 4.0
 """A model ends where it holds this fraction of the light of its rings, or at so many standard deviations of the widest."""
 MAX_STEPS, TOLERANCE = 12, 0.3
 """Conjugate gradient steps for the fluxes, and the part of the gradient, in standard deviations, at which they end."""
+CENTER_SMOOTHING, CENTER_REACH = 0.4, 0.5
+"""The middle of a resolved source is the peak of its smoothed light: standard deviation of the Gaussian, and how far it is looked
+for, in half-light radii, PSF included."""
 
 
 class RingShape(NamedTuple):
@@ -70,6 +76,58 @@ def fit_shapes(
             used = row > 0
             result[number] = RingShape(RING_SIGMAS[used], row[used] / row.sum(), ellipticity)
     return [RingShape.point() if compact else shape for compact, shape in zip(is_compact, result, strict=True)]
+
+
+def middles(
+    image: np.ndarray,
+    psf_sigma: float,
+    positions: np.ndarray,
+    shapes: Sequence[RingShape],
+    images: scipy.sparse.csr_matrix,
+) -> np.ndarray:
+    """Return where the light of each source, all others subtracted, is brightest when smoothed by a part of its size.
+
+    A source that has no such peak nearby stays where it is. So do all where the image has no data.
+
+    Parameters
+    ----------
+    image : array, shape (y, x)
+        The sharpest one (`sharp_image`); NaN without data.
+    psf_sigma : float
+        Of that image.
+    positions : array, shape (source, 2)
+    shapes : sequence of RingShape
+    images : sparse matrix, shape (source, pixel)
+        Of the sources (`templates`).
+    """
+    result, whole = np.array(positions, dtype=float), Box(image.shape)
+    is_seen = np.isfinite(image)
+    seen = images[:, is_seen.ravel()]
+    fluxes = np.linalg.lstsq((seen @ seen.T).toarray(), seen @ image[is_seen], rcond=None)[0]
+    rest = np.where(is_seen, image, 0.0) - (images.T @ fluxes).reshape(image.shape)
+    for number, (position, shape) in enumerate(zip(positions, shapes, strict=True)):
+        radius = float(np.hypot(shape.radius(0.5), HALF_LIGHT * psf_sigma))
+        sigma, reach = max(CENTER_SMOOTHING * radius, HALF_LIGHT * psf_sigma), CENTER_REACH * radius
+        box = Box.around(tuple(position), int(np.ceil(reach + RING_EXTENT * sigma))).intersection(whole)
+        place = tuple((np.rint(position).astype(int) - box.origin).tolist())
+        if not (box.contains(tuple(position)) and is_seen[box.slices].all() and fluxes[number] > 0):
+            continue
+        own = _window(images, number, box, image.shape)
+        smooth = ndimage.gaussian_filter(rest[box.slices] + fluxes[number] * own, sigma)
+        top = climb(smooth, place, reach)
+        if top == climb(smooth, top, np.sqrt(2)):
+            result[number] = refine_peak(smooth, top) + box.origin
+    return result
+
+
+def _window(images: scipy.sparse.csr_matrix, row: int, box: Box, shape: tuple[int, int]) -> np.ndarray:
+    """Return an image of `images` on a box."""
+    part = slice(*images.indptr[row : row + 2])
+    places = np.stack(np.unravel_index(images.indices[part], shape)) - np.array(box.origin)[:, None]
+    inside = ((places >= 0) & (places < np.array(box.shape)[:, None])).all(axis=0)
+    result = np.zeros(box.shape)
+    result[tuple(places[:, inside])] = images.data[part][inside]
+    return result
 
 
 def templates(frame: Frame, positions: np.ndarray, shapes: Sequence[RingShape]) -> scipy.sparse.csr_matrix:
