@@ -234,6 +234,19 @@ def test_overlapping_galaxies_are_two(apart, seed):
     np.testing.assert_allclose(found.table["flux_v"].value[away.argmin(axis=0)], [6000, 2400], rtol=0.1)
 
 
+def test_neighbours_that_the_sharp_image_does_not_see():
+    """They are no parts of one another, although it shows no light of either."""
+    places = [(30.0, 50.0), (46.0, 66.0)]
+    frame, observations = fields([(*places[0], 6000.0, 3.0), (*places[1], 900.0, 3.0)])
+    fine = observations[0]
+    weights = np.array(fine.noise.weights)
+    weights[:, :, 30:] = 0
+    observations[0] = eqx.tree_at(lambda o: o.noise.weights, fine, weights)
+    found = detect(observations, frame, progress=False)
+    assert len(found) == 2
+    assert (distances(found, places).min(axis=0) < 1.5).all()
+
+
 def test_correlated_noise_makes_no_sources():
     frame, observations = of_stars(correlated=True, rotation=20.0)
     found = detect(observations, frame, progress=False)

@@ -193,11 +193,15 @@ def sort_out(candidates: Sequence[Candidate], hosts: Sequence[Host], psf_sigma: 
 
 
 def host_of(number: int, hosts: Sequence[Host], psf_sigma: float) -> int | None:
-    """Return of which host another one of them is a part, by what one model of all has of its light; None if of none."""
+    """Return of which host another one of them is a part, by what one model of all has of its light; None if of none.
+
+    Its light counts as the sharpest observations show it, or as all do where those have no data.
+    """
     part = hosts[number]
     distance = np.hypot(*(np.array([host.position for host in hosts]) - part.position).T)
     reach = distance / np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
-    fraction = part.flux[0] / np.maximum([host.flux[0] for host in hosts], 1e-30)
+    group = 0 if part.flux[0] != 0 else -1
+    fraction = part.flux[group] / np.maximum([host.flux[group] for host in hosts], 1e-30)
     is_part = _is_clump(reach, fraction) if part.radius < UNRESOLVED * psf_sigma else _is_structure(reach, fraction)
     is_part[number] = False
     return int(np.argmin(np.where(is_part, reach, np.inf))) if is_part.any() else None

@@ -80,11 +80,11 @@ def detect(
     Every observation is filtered with its own PSF, in its own pixels and with its own noise, whatever its correlation and mask.
     What it says of the flux of a source at each pixel of the frame is added, for points and Gaussians of some sizes. The sharpest
     observations at each place come first: peaks of the largest scale next to their surroundings are sources. These are modelled
-    (see `initialize`), with the fluxes that fit all observations best, and subtracted; then peaks of all scales are looked for
-    in what is left, first of the sharpest observations, then of all.
+    (see `initialize`), with the fluxes that fit all observations best, moved to their middles, and subtracted; then peaks of all
+    scales are looked for in what is left, first of the sharpest observations, then of all.
 
     An unresolved peak within 3 half-light radii of a brighter source, with less than 5 % of its flux, is a clump of it. So are
-    resolved ones within one half-light radius, with less than 10 %; they aren't recorded.
+    resolved ones within one half-light radius, with less than 10 % when both are modelled together; they aren't recorded.
 
     Parameters
     ----------
@@ -378,7 +378,7 @@ def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detectio
     table["catalog_row"] = np.array([sources[n].row for n in order], dtype=int)
     names = {int(n): str(rank) for rank, n in enumerate(order)}
     names |= {len(sources) + n: name for n, (name, _) in enumerate(search.known)}
-    lights = [brightness(sky, flux)[0] for flux in fit.fluxes] + [host.flux[0] for _, host in search.known]
+    lights = np.array([host.flux[0] or host.flux[-1] for host in _hosts(search, sources, fit)])
     layer = search.layers[-1]
     return Detections(
         frame=frame,

@@ -36,7 +36,7 @@ class Detections(eqx.Module):
         Which row of the table, plus 1, shows at each pixel; 0 for none.
     clumps : QTable
         Unresolved peaks on brighter resolved sources, which aren't listed as sources: ra, dec, y, x, significance, host (the id
-        of that source), fraction (of its flux).
+        of that source), fraction (of its flux; NaN if it has none).
     known : QTable
         Sources of the scene that was subtracted: id, ra, dec, y, x.
     outliers : dict of array of bool, shape (channel, y, x)
@@ -102,14 +102,16 @@ def length_unit(frame: Frame) -> u.Quantity:
 
 
 def clump_table(
-    frame: Frame, clumps: Sequence[tuple[Candidate, int]], names: Mapping[int, str], brightness: Sequence[float]
+    frame: Frame, clumps: Sequence[tuple[Candidate, int]], names: Mapping[int, str], fluxes: np.ndarray
 ) -> QTable:
     """Return the table of clumps, each with the number of its host, of which there are the names and fluxes."""
     positions = np.array([clump.position for clump, _ in clumps]).reshape(-1, 2)
     table = QTable(place_columns(frame, positions))
     table["significance"] = np.array([clump.significance for clump, _ in clumps], dtype=float)
     table["host"] = np.array([names[number] for _, number in clumps], dtype=str)
-    table["fraction"] = np.array([clump.flux / brightness[number] for clump, number in clumps], dtype=float)
+    light = np.array([clump.flux for clump, _ in clumps], dtype=float)
+    hosts = fluxes[[number for _, number in clumps]] if clumps else np.zeros(0)
+    table["fraction"] = np.divide(light, hosts, where=hosts > 0, out=np.full(len(light), np.nan))
     return table
 
 
