@@ -74,8 +74,8 @@ def check_magnitudes(table: QTable, truth: Table):
     print("\n".join(side_by_side.pformat(max_width=-1)))
 
     # Free pixels describe any galaxy, but the data hardly say how much light is in its faint outskirts, where
-    # non-negative pixels turn noise into light. That, and not the noise in the columns flux_err_*, limits the
-    # magnitudes: the bright sources are wrong by some hundredths, the faint one is too bright by half a magnitude.
+    # non-negative pixels turn noise into light. That, more than what the columns flux_err_* hold, limits
+    # the magnitudes: the bright sources are wrong by some hundredths, the faint one is too bright by half a magnitude.
     # The tolerances are about twice what such outskirts have been seen to do in this field.
     bright = truth["mag_i"] < FAINT_MAG
     for band in ("F814W", "i"):

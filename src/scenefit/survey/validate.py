@@ -264,7 +264,8 @@ def validate(
     catalog, truth : Table
         As in `match`; where there are `flux_err_CH` (or `mag_err_CH`), `ra_err`, `dec_err`, `half_light_radius_err` in the
         catalogue, residuals are compared with them. Pulls of magnitudes are those of the fluxes, which are defined where a
-        flux is negative, too.
+        flux is negative, too. Those of colours take the errors of their channels as independent: what these have in common,
+        such as the part that models have in those of `catalog`, makes them narrow.
     radius, channel, magnitude_tolerance
         See `match`.
     colors : sequence of (str, str)
