@@ -58,7 +58,8 @@ def main():
             observation = make(obs)
             result = sf.fit(scene, observation, progress=False)
             assert result.is_converged
-            fitted = sf.catalog(result, progress=False)
+            # The models are those of the simulation: no error of models.
+            fitted = sf.catalog(result, model_error=False, progress=False)
             truth = np.array([source["flux"] for source in sources])
             pulls.append((fitted["flux_F814W"] - truth) / fitted["flux_err_F814W"])
             errors.append(fitted["flux_err_F814W"] / truth)

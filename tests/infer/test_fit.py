@@ -50,7 +50,7 @@ def test_a_fit_recovers_the_truth():
     result = fitted()
     assert result.status is Status.CONVERGED
     assert result.is_converged
-    table = catalog(result)
+    table = catalog(result, model_error=False)
     for row in table:
         galaxy = GALAXIES[row["id"]]
         frame = result.scene.frame
@@ -93,7 +93,7 @@ def test_no_change_of_a_flux_lowers_the_chi_square():
     """Convergence means a small distance to the minimum, seen from outside by rendering changed scenes."""
     result = fitted()
     lowest = chi_square(result.scene, result.observations)
-    for row in catalog(result):
+    for row in catalog(result, model_error=False):
         source = result.scene.sources[row["id"]]
         for channel, label in enumerate(result.scene.frame.channels):
             for sign in (1, -1):

@@ -63,7 +63,7 @@ def fit_freely(scene, obs, *more, fixed=(), **options):
 
 def flux_of(result):
     """Return flux and error of the source."""
-    (row,) = catalog(result)
+    (row,) = catalog(result, model_error=False)
     return float(row["flux_g"].value), float(row["flux_err_g"].value)
 
 

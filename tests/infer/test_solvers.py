@@ -86,7 +86,7 @@ def test_fluxes_are_those_of_non_negative_least_squares(galaxies):
         assert (expected == 0).any()
         np.testing.assert_array_equal(fitted_fluxes(result)[expected == 0], 0)
     else:
-        table = catalog(result)
+        table = catalog(result, model_error=False)
         measured = np.array([table[f"flux_err_{c}"].value for c in frame.channels]).T
         # 1e-3: derivative images are cut at 1e-5 of their peak.
         np.testing.assert_allclose(measured, errors, rtol=1e-3)
@@ -100,7 +100,7 @@ def test_normal_priors_pull_as_the_analytic_posterior_says():
     parameters = fluxes_only(scene, observations, mean, sigma)
     result = fit(scene, observations, parameters, progress=False, rtol=1e-3)
     assert result.is_converged
-    table = catalog(result)
+    table = catalog(result, model_error=False)
     for channel, (columns, data) in dense_problem(observations, frame).items():
         precision = np.diag([1 / s**2 for s in sigma.values()])
         covariance = np.linalg.inv(columns.T @ columns + precision)
