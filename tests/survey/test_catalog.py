@@ -130,9 +130,8 @@ def test_positions(table):
 
 
 def test_the_signal_to_noise_ratio_is_that_of_all_channels(table):
-    np.testing.assert_array_equal(table["snr"], catalog(fitted(), model_error=False)["snr"])
-    table = catalog(fitted(), model_error=False)
-    ratios = [(table[f"flux_{c}"] / table[f"flux_err_{c}"]).value for c in ("v", "g", "r")]
+    bare = catalog(fitted(), model_error=False)
+    ratios = [(bare[f"flux_{c}"] / bare[f"flux_err_{c}"]).value for c in ("v", "g", "r")]
     # 1e-12: rounding in float64.
     np.testing.assert_allclose(table["snr"], np.sqrt(np.sum(np.square(ratios), axis=0)), rtol=1e-12)
 

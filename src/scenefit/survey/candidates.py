@@ -54,6 +54,11 @@ class Host(NamedTuple):
     radius: float
     flux: tuple[float, ...]
 
+    @property
+    def group(self) -> int:
+        """The flux that counts: that of the sharpest observations, or of all where those have no data."""
+        return 0 if self.flux[0] != 0 else -1
+
 
 def first_candidates(sky: Sky, layer: Layer, numerator: np.ndarray, spread: np.ndarray, threshold: float):
     """Return the peaks of the contrast at the largest scale, where small structure is smoothed away, highest first."""
@@ -168,12 +173,10 @@ def sort_out(candidates: Sequence[Candidate], hosts: Sequence[Host], psf_sigma: 
     """
     if not hosts:
         return Sorted(list(candidates), [], [])
-    places = np.array([host.position for host in hosts])
-    radii = np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
     fluxes = np.maximum([host.flux[min(number, len(host.flux) - 1)] for host in hosts], 1e-30)
     sources, doubtful, clumps = [], [], []
     for candidate in candidates:
-        distance = np.hypot(*(places - candidate.position).T)
+        distance, radii = _away(candidate.position, hosts, psf_sigma)
         reach, fraction = distance / radii, candidate.flux / fluxes
         if (distance < CORE * psf_sigma).any():
             continue
@@ -193,15 +196,11 @@ def sort_out(candidates: Sequence[Candidate], hosts: Sequence[Host], psf_sigma: 
 
 
 def host_of(number: int, hosts: Sequence[Host], psf_sigma: float) -> int | None:
-    """Return of which host another one of them is a part, by what one model of all has of its light; None if of none.
-
-    Its light counts as the sharpest observations show it, or as all do where those have no data.
-    """
+    """Return of which host another one of them is a part, by what one model of all has of its light; None if of none."""
     part = hosts[number]
-    distance = np.hypot(*(np.array([host.position for host in hosts]) - part.position).T)
-    reach = distance / np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
-    group = 0 if part.flux[0] != 0 else -1
-    fraction = part.flux[group] / np.maximum([host.flux[group] for host in hosts], 1e-30)
+    distance, radii = _away(part.position, hosts, psf_sigma)
+    reach = distance / radii
+    fraction = part.flux[part.group] / np.maximum([host.flux[part.group] for host in hosts], 1e-30)
     is_part = _is_clump(reach, fraction) if part.radius < UNRESOLVED * psf_sigma else _is_structure(reach, fraction)
     is_part[number] = False
     return int(np.argmin(np.where(is_part, reach, np.inf))) if is_part.any() else None
@@ -209,9 +208,14 @@ def host_of(number: int, hosts: Sequence[Host], psf_sigma: float) -> int | None:
 
 def nearest_radius(position: np.ndarray, hosts: Sequence[Host], psf_sigma: float) -> float:
     """Return the half-light radius, PSF included, of the host that a position is the fewest of them away from."""
-    radii = np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
-    distance = np.hypot(*(np.array([host.position for host in hosts]) - position).T)
+    distance, radii = _away(position, hosts, psf_sigma)
     return float(radii[np.argmin(distance / radii)])
+
+
+def _away(position: np.ndarray, hosts: Sequence[Host], psf_sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far hosts are, and their half-light radii, PSF included."""
+    distance = np.hypot(*(np.array([host.position for host in hosts]) - position).T)
+    return distance, np.hypot([host.radius for host in hosts], HALF_LIGHT * psf_sigma)
 
 
 def _is_clump(reach: np.ndarray, fraction: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ from scenefit.survey.detections import (
 )
 from scenefit.survey.envelopes import psf_width
 from scenefit.survey.listed import catalog_positions, usable_rows
-from scenefit.survey.search import Entry, Search, brightness, flux_information, search_in
+from scenefit.survey.search import Entry, Search, flux_information, search_in
 from scenefit.survey.significance import Layer
 from scenefit.survey.subtraction import RingShape, fit_fluxes, fit_shapes, middles, templates
 
@@ -229,8 +229,7 @@ def _fit(search: Search, sources: Sequence[Entry], before: Fit | None) -> Fit:
     nearest = np.clip(np.rint(positions).astype(int), 0, np.array(sky.shape) - 1)
     for row, place, shape in zip(known, nearest, shapes, strict=True):
         row += flux_information(sky, place, shape).sum(axis=0)
-    largest = np.array([each[0].max(axis=(1, 2)) for each in sky.information]).sum(axis=0)
-    known = np.where(known > 1e-6 * largest, known, 0.0)
+    known = np.where(known > 1e-6 * sky.depth.sum(axis=0), known, 0.0)
     start = np.zeros(known.shape)
     if before is not None:
         start[: len(before.fluxes)] = before.fluxes
@@ -262,7 +261,7 @@ def _recentered(search: Search, sources: Sequence[Entry], fit: Fit) -> list[Entr
     for source, flux, center in zip(sources, fit.fluxes, centers, strict=True):
         candidate = source.candidate
         place = np.clip(np.rint(candidate.position).astype(int), 1, np.array(sky.shape) - 2)
-        own = layer.information[(0, *place)] * brightness(sky, flux)[0]
+        own = layer.information[(0, *place)] * sky.brightness(flux)[0]
         if source.is_detected and candidate.is_compact and own > 0:
             slope = np.array([left[tuple(place + step)] - left[tuple(place - step)] for step in steps]) / 2
             move = np.clip(2 * layer.psf_sigma[tuple(place)] ** 2 * slope / own, -MAX_MOVE, MAX_MOVE)
@@ -277,7 +276,7 @@ def _recentered(search: Search, sources: Sequence[Entry], fit: Fit) -> list[Entr
 def _hosts(search: Search, sources: Sequence[Entry], fit: Fit) -> list[Host]:
     """Return the sources, and then those that were subtracted, as hosts."""
     hosts = [
-        Host(source.candidate.position, shape.radius(0.5), brightness(search.sky, flux))
+        Host(source.candidate.position, shape.radius(0.5), search.sky.brightness(flux))
         for source, shape, flux in zip(sources, fit.shapes, fit.fluxes, strict=True)
     ]
     return hosts + [host for _, host in search.known]
@@ -378,7 +377,7 @@ def _detections(search: Search, sources, clumps, fit: Fit, outliers) -> Detectio
     table["catalog_row"] = np.array([sources[n].row for n in order], dtype=int)
     names = {int(n): str(rank) for rank, n in enumerate(order)}
     names |= {len(sources) + n: name for n, (name, _) in enumerate(search.known)}
-    lights = np.array([host.flux[0] or host.flux[-1] for host in _hosts(search, sources, fit)])
+    lights = np.array([host.flux[host.group] for host in _hosts(search, sources, fit)])
     layer = search.layers[-1]
     return Detections(
         frame=frame,
@@ -419,7 +418,7 @@ def _segmentation(search: Search, fit: Fit, order: np.ndarray) -> np.ndarray:
     for label, number in enumerate(order, start=1):
         start, stop = fit.images.indptr[number : number + 2]
         pixels = fit.images.indices[start:stop]
-        light = fit.images.data[start:stop] * max(brightness(sky, fit.fluxes[number])[0], 0.0)
+        light = fit.images.data[start:stop] * max(sky.brightness(fit.fluxes[number])[0], 0.0)
         wins = light > brightest[pixels]
         flat[pixels[wins]] = label
         brightest[pixels[wins]] = light[wins]

@@ -86,17 +86,8 @@ def _known(sky: Sky, scene: Scene) -> list[tuple[str, Host]]:
         own = HALF_LIGHT * float(scene.frame.psf.effective_sigma[0])
         name = path.removeprefix("sources.")
         center = np.asarray(component.center, dtype=float)
-        result.append((name, Host(center, float(np.sqrt(max(radius**2 - own**2, 0.0))), brightness(sky, flux))))
+        result.append((name, Host(center, float(np.sqrt(max(radius**2 - own**2, 0.0))), sky.brightness(flux))))
     return result
-
-
-def brightness(sky: Sky, flux: np.ndarray) -> tuple[float, ...]:
-    """Return the flux of a source, in units of the deepest channel, as the sharpest observations show it, and as all do."""
-    result = []
-    for groups in sky.information[:1], sky.information:
-        known = sky.weights**2 * sum(each[0].max(axis=(1, 2)) for each in groups)
-        result.append(float((known * flux / sky.weights).sum() / known.sum()))
-    return tuple(result)
 
 
 def flux_information(sky: Sky, place: np.ndarray, shape: RingShape) -> np.ndarray:

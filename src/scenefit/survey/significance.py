@@ -64,6 +64,8 @@ class Sky(eqx.Module):
         Observations of equal sharpness, the sharpest first.
     information : tuple of arrays, shape (pair, channel, y, x)
         Of each group; see `Layer`.
+    depth : array, shape (group, channel)
+        The most that is known of the flux of a source of the smallest size.
     counts : array of bool, shape (group, size, y, x)
         Where a group is taken to know anything.
     widths : array, shape (group,)
@@ -84,6 +86,7 @@ class Sky(eqx.Module):
 
     groups: tuple[tuple[Camera, ...], ...]
     information: tuple[np.ndarray, ...]
+    depth: np.ndarray
     counts: np.ndarray
     widths: np.ndarray
     response: Array
@@ -123,6 +126,7 @@ class Sky(eqx.Module):
         return cls(
             groups=groups,
             information=tuple(known),
+            depth=np.stack([each[0].max(axis=(1, 2)) for each in known]),
             counts=counts,
             widths=group_widths,
             response=as_floats(frame.psf.transfer(ky, kx, np.eye(2))[0].real),
@@ -137,6 +141,12 @@ class Sky(eqx.Module):
     def shape(self) -> tuple[int, int]:
         """Height and width of the frame."""
         return self.information[0].shape[-2:]
+
+    def brightness(self, flux: np.ndarray) -> tuple[float, float]:
+        """Return the flux of a source, in units of the deepest channel, as the sharpest group shows it, and as all do."""
+        known = self.weights**2 * np.stack([self.depth[0], self.depth.sum(axis=0)])
+        sharp, full = (known * flux / self.weights).sum(axis=1) / known.sum(axis=1)
+        return float(sharp), float(full)
 
     def pull(self, model: np.ndarray) -> list[Array]:
         """Return what each group of observations says that a model image lacks; see `pulled`."""

@@ -85,9 +85,9 @@ def middles(
     shapes: Sequence[RingShape],
     images: scipy.sparse.csr_matrix,
 ) -> np.ndarray:
-    """Return where the light of each source, all others subtracted, is brightest when smoothed by a part of its size.
+    """Return where the light of each resolved source, all others subtracted, is brightest when smoothed by a part of its size.
 
-    A source that has no such peak nearby stays where it is. So do all where the image has no data.
+    Points stay where they are. A source that has no such peak nearby stays where it is. So do all where the image has no data.
 
     Parameters
     ----------
@@ -106,6 +106,8 @@ def middles(
     fluxes = np.linalg.lstsq((seen @ seen.T).toarray(), seen @ image[is_seen], rcond=None)[0]
     rest = np.where(is_seen, image, 0.0) - (images.T @ fluxes).reshape(image.shape)
     for number, (position, shape) in enumerate(zip(positions, shapes, strict=True)):
+        if not shape.sigmas.any():
+            continue
         radius = float(np.hypot(shape.radius(0.5), HALF_LIGHT * psf_sigma))
         sigma, reach = max(CENTER_SMOOTHING * radius, HALF_LIGHT * psf_sigma), CENTER_REACH * radius
         box = Box.around(tuple(position), int(np.ceil(reach + RING_EXTENT * sigma))).intersection(whole)
