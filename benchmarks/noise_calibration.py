@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 import scenefit as sf
 from scenefit.arrays.compilation import as_floats
-from scenefit.data.renderer import transform_model
 from scenefit.data.resample import Resampling
 
 SIZE, SMALL = 150, 24
@@ -217,7 +216,7 @@ def cost(noise: sf.CorrelatedNoise) -> tuple[float, float]:
     renderer, model = obs.matched_renderer, as_floats(np.ones(obs.frame.shape))
 
     def loss(noise, model):
-        rendered = renderer(transform_model(model, renderer.fft_shape), as_floats([0.0, 0.0]))
+        rendered = renderer(renderer.transform(model), as_floats([0.0, 0.0]))
         return noise.chi_square(rendered).sum()
 
     evaluate = jax.jit(jax.value_and_grad(loss, argnums=1))

@@ -44,7 +44,6 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from scenefit.data.observation import Observation
-from scenefit.data.renderer import transform_model
 from scenefit.model.morphology import PointMorphology
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
@@ -294,8 +293,8 @@ def print_speed(path: Path, repeats: int, peer_python: str | None) -> dict:
     model = jax.random.uniform(jax.random.key(0), frame.shape)
     modes = jnp.zeros((len(coarse.channels), *renderer.num_modes), jnp.complex64)
 
-    render = jax.jit(lambda renderer, model, shift: renderer(transform_model(model, frame.fft_shape), shift))
-    forward = jax.jit(lambda model: transform_model(model, frame.fft_shape))
+    render = jax.jit(lambda renderer, model, shift: renderer(renderer.transform(model), shift))
+    forward = jax.jit(lambda model: renderer.transform(model))
     backward = jax.jit(lambda modes: jnp.fft.irfft2(modes, norm="forward"))
     seconds = median_seconds(
         {

@@ -19,7 +19,6 @@ from scenefit.data.renderer import (
     NonuniformSampling,
     Renderer,
     SeparableSampling,
-    transform_model,
 )
 from scenefit.sky.frame import Frame, pixel_map
 from scenefit.sky.psf import GaussianPSF, ImagePSF
@@ -87,7 +86,7 @@ def model_frame(shape=FRAME_SHAPE, padding=20, channels=("g",)):
 
 @eqx.filter_jit
 def predict(renderer, model, shift):
-    return renderer(transform_model(model, renderer.fft_shape), shift)
+    return renderer(renderer.transform(model), shift)
 
 
 def render(renderer, model, shift=(0.0, 0.0)):
@@ -286,7 +285,7 @@ def test_shift_without_wcs_is_in_x_and_y():
 @pytest.mark.parametrize("angle", [0, 23])
 def test_shift_is_differentiable(angle, clumps, eps):
     renderer = make_observation((9, 10), scale_arcsec=1.5 * SCALE, rotation_deg=angle).match(model_frame()).renderer
-    spectrum = transform_model(jnp.asarray(clumps[None], jnp.result_type(float)), renderer.fft_shape)
+    spectrum = renderer.transform(jnp.asarray(clumps[None], jnp.result_type(float)))
     shift, direction = jnp.array([0.03, -0.05]), jnp.array([0.8, 0.6])
 
     @jax.jit
@@ -409,7 +408,7 @@ def test_rotation_is_differentiable(turning, clumps, eps):
 
     @jax.jit
     def turned(angle, shift, model):
-        return turning(transform_model(model, turning.fft_shape), shift, None, angle)
+        return turning(turning.transform(model), shift, None, angle)
 
     start = jnp.asarray(0.4), shift, model
     for direction in ((1.0, 0.0 * shift, 0 * model), (0.7, jnp.array([0.002, 0.001]), 0.01 * model[:, ::-1])):
@@ -434,7 +433,7 @@ def test_rotation_is_differentiable(turning, clumps, eps):
 
 def test_a_rotation_bends_the_image(turning, clumps):
     """The second derivative, which the Hessian of a posterior takes, against differences of the first."""
-    model = transform_model(jnp.asarray(clumps[None], jnp.result_type(float)), turning.fft_shape)
+    model = turning.transform(jnp.asarray(clumps[None], jnp.result_type(float)))
 
     def slope(angle):
         return jax.jvp(lambda a: turning(model, jnp.zeros(2), None, a), (angle,), (jnp.ones_like(angle),))[1]
@@ -569,7 +568,7 @@ def test_another_observation_of_the_same_shape_compiles_nothing(ratio, angle, tu
     @eqx.filter_jit
     def counted(renderer, model, shift, rotation):
         traces.append(1)
-        return renderer(transform_model(model, renderer.fft_shape), shift, None, rotation)
+        return renderer(renderer.transform(model), shift, None, rotation)
 
     images = []
     for number in range(3):

@@ -83,6 +83,12 @@ def test_what_the_result_holds():
     assert result.history["remaining"][-1] < 0.03
 
 
+def test_a_result_is_shown_in_a_line():
+    result = fitted()
+    assert repr(result).startswith(f"FitResult: converged after {result.num_steps} steps and ")
+    assert f"; {len(result.scene.sources)} sources in " in repr(result)
+
+
 def test_the_loss_is_that_of_the_fitted_scene():
     result = fitted()
     # 1e-5: sums of 2000 residuals of 1 in float32.

@@ -6,7 +6,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 
 from scenefit.model.morphology import GaussianMorphology, PixelMorphology, PointMorphology
-from scenefit.model.parameters import Parameters, unit_disk
+from scenefit.model.parameters import MAX_ROWS, Parameters, unit_disk
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource, Source
 from scenefit.sky.frame import Frame
@@ -128,6 +128,18 @@ def test_pixels_are_drawn_to_their_envelope(parameters, scene):
 def test_patterns(parameters, pattern, count):
     found = parameters.match(pattern)
     assert len(found) == len(set(found)) == count
+
+
+def test_parameters_are_shown_as_a_list(parameters):
+    tied = parameters.free("observations.HSC.astrometry.shift")
+    tied = tied.tie("sources.pair.parts.host.center", "sources.galaxy.center")
+    first, *rows = repr(tied).split("\n")
+    assert first == f"Parameters: {sum(tied.is_fitted(path) for path in tied.table)} of {len(tied.table)} fitted"
+    assert len(rows) == len(tied.table) <= MAX_ROWS
+    assert "sources.galaxy.center: = sources.pair.parts.host.center, [2], pixel" in rows
+    assert any(row.startswith("observations.HSC.astrometry.shift: free, [2], arcsec") for row in rows)
+    many = Parameters({f"sources.{n}.center": tied["sources.pair.parts.host.center"] for n in range(MAX_ROWS + 5)})
+    assert repr(many).endswith("... and 5 more: `match` lists those of a pattern")
 
 
 @pytest.mark.parametrize("method", ["match", "fix", "free", "__getitem__", "tie"])

@@ -94,7 +94,7 @@ def test_information_is_that_of_the_rendered_column(rotation):
     cameras = tuple(camera(frame, obs, np.zeros(obs.shape), unit) for obs in observations)
     sizes = jax.numpy.array([0.0, 2.0])
     canvas = (2, *frame.fft_shape)
-    found = np.asarray(information(cameras, sizes, ((0, 0), (1, 1), (0, 1)), canvas, frame.box.shape))
+    found = np.asarray(information(cameras, sizes, ((0, 0), (1, 1), (0, 1)), canvas, frame.inner_box))
     for place in ((40, 36), (31, 40), (25, 52)):
         columns = []
         for size in (0.0, 2.0):
@@ -118,7 +118,7 @@ def test_numerators_are_products_with_the_rendered_column(key):
     ky, kx = np.fft.fftfreq(frame.fft_shape[0]), np.fft.rfftfreq(frame.fft_shape[1])
     response = jax.numpy.asarray(frame.psf.transfer(ky, kx, np.eye(2))[0].real, float)
     pulls = pulled(cameras, jax.numpy.zeros(frame.shape))
-    found = np.asarray(smoothed(pulls, response, jax.numpy.array([0.0, 2.0]), frame.box.shape))
+    found = np.asarray(smoothed(pulls, response, jax.numpy.array([0.0, 2.0]), frame.inner_box))
     for number, size in enumerate((0.0, 2.0)):
         model = np.broadcast_to(spot((80, 80), (38, 44), size**2 + 0.7**2), (2, 80, 80))
         for k, obs in enumerate(observations):
@@ -245,6 +245,21 @@ def test_neighbours_that_the_sharp_image_does_not_see():
     found = detect(observations, frame, progress=False)
     assert len(found) == 2
     assert (distances(found, places).min(axis=0) < 1.5).all()
+
+
+def test_significance_where_only_the_blurred_image_has_data():
+    """However deep the sharp image is elsewhere."""
+    place = (40.0, 60.0)
+    frame, observations = fields([(*place, 300.0, 0.0)])
+    fine = observations[0]
+    weights = 1e4 * np.array(fine.noise.weights)
+    weights[:, :, 40:] = 0
+    observations[0] = eqx.tree_at(lambda o: o.noise.weights, fine, weights)
+    found = detect(observations, frame, progress=False)
+    # The matched filter of a Gaussian PSF, up to where the star lies on the pixels and to the noise.
+    expected = 300.0 / (COARSE * np.sqrt(4 * np.pi))
+    assert found.significance[40, 60] == pytest.approx(expected, abs=3)
+    assert distances(found, [place]).min() < 0.5
 
 
 def test_correlated_noise_makes_no_sources():

@@ -58,21 +58,28 @@ def pulls(table, field, channel="g", scale=1.0):
     return np.asarray((table[f"flux_{channel}"].value - true) / table[f"flux_err_{channel}"].value)
 
 
-def test_a_star_on_the_edge(rng):
-    """Its middle is on the outermost pixels, and its light beyond the image has room on a larger frame, as the guide asks for."""
-    field = FIELD | {STAR: ((39.3, -0.3), 40000.0, 0.0), "near": ((36.1, 12.2), 3000.0, 3.0)}
+@pytest.mark.parametrize("x", [-0.4, 0.7])
+def test_a_star_on_the_edge(x, rng):
+    """Its middle is on the outermost pixels of the frame that the image gives: half of its light lies beyond."""
+    field = FIELD | {STAR: ((39.3, x), 40000.0, 0.0), "near": ((36.1, 12.2), 3000.0, 3.0)}
     obs = observe(draw(field) + rng.normal(size=SHAPE))
-    room = 24
-    wcs = tangent_wcs(SHAPE, SCALE)
-    wcs.wcs.crpix += room
-    frame = sf.Frame((SHAPE[0] + 2 * room, SHAPE[1] + 2 * room), channels=["g"], wcs=wcs)
-    table = measure(obs, known_positions(field, rng) + room, frame)
+    table = measure(obs, known_positions(field, rng).clip(-0.49))
     # The star, too: of three normal numbers one is beyond 3 in a hundred fields.
     assert np.all(np.abs(pulls(table, field)) < 3)
     assert table["flags"][0] & Flag.MASKED
+    assert table["flags"][0] & Flag.EDGE
     lost = 1 - gaussian_image(SHAPE, field[STAR][0], PSF_SIGMA).sum()
     # 1 %: what the error of the position moves across the edge.
     assert table["masked_fraction"][0] == pytest.approx(lost, abs=0.01)
+
+
+def test_a_galaxy_on_the_edge(rng):
+    """What PSFs bring onto the frame of the light beyond it is modelled, or half of the galaxy would look fainter and wider."""
+    field = FIELD | {"near": ((36.1, 0.6), 9000.0, 2.5)}
+    obs = observe(draw(field, galsim.Gaussian) + rng.normal(size=SHAPE))
+    table = measure(obs, known_positions(field, rng), model="gaussian")
+    assert np.all(np.abs(pulls(table, field)) < 3)
+    assert table["flags"][1] & Flag.EDGE
 
 
 def test_a_saturated_star(rng):

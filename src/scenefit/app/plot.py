@@ -153,8 +153,8 @@ def scene(scene, observations, *, labels: bool = True, boxes: bool = True, chann
     if channel is not None and not any(channel in obs.channels for obs in matched):
         having = sorted({_channel_name(c) for obs in matched for c in obs.channels})
         raise ValueError(f"No observation has a channel {channel!r}; there are {having}.")
-    model = scene.evaluate()
-    rendered = [obs.render(model) for obs in matched]
+    outer = scene.evaluate(outer=True)
+    model, rendered = outer[(slice(None), *scene.frame.inner_box.slices)], [obs.render(outer) for obs in matched]
     compared = [_compare(obs, image) for obs, image in zip(matched, rendered, strict=True)]
     maps = [_residual_map(obs, values, channel) for obs, values in zip(matched, compared, strict=True)]
     finite = np.concatenate([[0.0], *(np.abs(values[np.isfinite(values)]) for values, _ in maps)])
@@ -432,7 +432,7 @@ def _corners(box) -> list:
 
 def _mark_scene(ax, scene, obs, labels, boxes):
     """Mark sources and outline stamps on the model frame (`obs` None) or on an observation."""
-    stamps = [component_box(component, scene.frame) for _, component in scene.components()]
+    stamps = [component_box(c, scene.frame).intersection(scene.frame.box) for _, c in scene.components()]
     outlines = [[*_corners(box), _corners(box)[0]] for box in stamps if not box.is_empty]
     if boxes and outlines:
         draw_outlines(ax, _place(scene.frame, obs, np.array(outlines)))

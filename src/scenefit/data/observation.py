@@ -14,7 +14,7 @@ from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.noise import WhiteNoise
 from scenefit.data.nuisances import NUISANCES, Astrometry, Calibration
-from scenefit.data.renderer import Renderer, transform_model
+from scenefit.data.renderer import Renderer
 from scenefit.sky import units
 from scenefit.sky.frame import Channel, Frame, as_wcs, check_channels, is_same_frame, pixel_map
 from scenefit.sky.psf import AbstractPSF, as_psf
@@ -298,7 +298,7 @@ class Observation(eqx.Module):
         Parameters
         ----------
         scene : Scene, or array of shape (model channel, y, x) if the observation is matched
-            The model, or its image on that frame.
+            The model, or its image on that frame (or on the frame and its margin, `Frame.outer_box`).
 
         Returns
         -------
@@ -306,7 +306,7 @@ class Observation(eqx.Module):
             In the units of `data`; background alone outside the frame.
         """
         if hasattr(scene, "evaluate"):
-            return self.match(scene.frame)._render_model(scene.evaluate())
+            return self.match(scene.frame)._render_model(scene.evaluate(outer=True))
         return self._render_model(scene)
 
     def _render_model(self, model):
@@ -314,7 +314,8 @@ class Observation(eqx.Module):
         renderer = self.matched_renderer
         # The model is brought to order one: fluxes of any unit then pass through float32.
         model = np.asarray(model, dtype=float)
-        if self.frame is not None and model.shape != self.frame.shape:
+        is_outer = self.frame is not None and model.shape == (self.frame.shape[0], *self.frame.outer_box.shape)
+        if self.frame is not None and not is_outer and model.shape != self.frame.shape:
             raise ValueError(
                 f"{self.name}: a model image wants the shape (channel, y, x) = {self.frame.shape} of the frame that the "
                 f"observation is matched to; got {model.shape}."
@@ -323,7 +324,7 @@ class Observation(eqx.Module):
         shift, *others = as_floats(self.astrometry.shift), self.calibration.psf_variance, self.astrometry.rotation
         # A blur and a rotation cost something: not where there are none.
         others = [as_floats(value) if value.any() else None for value in others]
-        window = np.asarray(_render_window(renderer, as_floats(model / scale), shift, *others), dtype=float)
+        window = np.asarray(_render_window(renderer, as_floats(model / scale), is_outer, shift, *others), dtype=float)
         window = window * self.calibration.flux_scale[:, None, None]
         image = np.zeros(self.data.shape)
         image[(slice(None), *renderer.window.slices)] = np.where(renderer.inside, window * scale, 0.0)
@@ -364,9 +365,9 @@ class Observation(eqx.Module):
 
 
 @compiled
-def _render_window(renderer: Renderer, model, shift, psf_variance, rotation):
+def _render_window(renderer: Renderer, model, is_outer: bool, shift, psf_variance, rotation):
     """Render a model image onto the pixels of the renderer's window."""
-    return renderer(transform_model(model, renderer.fft_shape), shift, psf_variance, rotation)
+    return renderer(renderer.transform(model, outer=is_outer), shift, psf_variance, rotation)
 
 
 _GETTERS = {path: operator.attrgetter(path) for path in NUISANCES}

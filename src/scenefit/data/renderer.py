@@ -39,7 +39,7 @@ from scenefit.data.sampling import (
 from scenefit.sky.frame import Frame, pixel_map
 from scenefit.sky.psf import AbstractPSF, GaussianPSF
 
-__all__ = ["AbstractSampling", "GridSampling", "NonuniformSampling", "Renderer", "SeparableSampling", "transform_model"]
+__all__ = ["AbstractSampling", "GridSampling", "NonuniformSampling", "Renderer", "SeparableSampling"]
 
 MAX_GAIN = 1.5
 """Largest |P/G| accepted: beyond it the model PSF is broader than the observed one."""
@@ -97,6 +97,7 @@ class Renderer(eqx.Module):
     `norm` is the largest eigenvalue of rendering followed by its transpose, per channel, for a wide image without
     aliasing: the squared gain of the transfer function times the observed pixel's area in model pixels.
     `affine` is the slope of the positions of pixels on the model.
+    The padded grid of shape `fft_shape` begins `margin` pixels before the frame.
     `turn` is None unless the observation may be turned: the faster samplings serve then.
 
     Everything that differs between two observations of the same shape is an array, so that rendering the second
@@ -117,6 +118,7 @@ class Renderer(eqx.Module):
     origin: np.ndarray
     inside: np.ndarray
     fft_shape: tuple[int, int] = eqx.field(static=True)
+    margin: int = eqx.field(static=True)
 
     @classmethod
     def match(
@@ -187,11 +189,11 @@ class Renderer(eqx.Module):
         turn = None
         if turning:
             pivot = pixel_map(wcs, frame.wcs, *(np.array((n - 1) / 2) for n in shape))
-            sampling, factor = turning_sampling(frame.fft_shape, ky, kx, position, pivot)
+            sampling, factor = turning_sampling(frame.fft_shape, ky, kx, position + frame.margin, pivot + frame.margin)
             largest = _largest_rotation(frame, generator, position[inside], pivot)
             turn = _turn(generator, largest, psf, transfer, turned, factor / np.prod(frame.fft_shape))
         else:
-            sampling, factor = choose_sampling(frame.fft_shape, ky, kx, position, is_affine, affine)
+            sampling, factor = choose_sampling(frame.fft_shape, ky, kx, position + frame.margin, is_affine, affine)
         return cls(
             channels=frame.channel_index(channels),
             num_modes=num_modes,
@@ -207,12 +209,19 @@ class Renderer(eqx.Module):
             origin=np.array(window.origin, np.int32),
             inside=inside,
             fft_shape=frame.fft_shape,
+            margin=frame.margin,
         )
 
     @property
     def window(self) -> Box:
         """The part of the observation that is rendered."""
         return Box(self.inside.shape, (int(self.origin[0]), int(self.origin[1])))
+
+    def transform(self, model: Float[Array, "channel y x"], *, outer: bool = False) -> Complex[Array, "channel k l"]:
+        """Return the Fourier transform of a zero-padded model image: of the frame, or of its `outer_box`."""
+        before = 0 if outer else self.margin
+        sides = [(before, n - before - used) for n, used in zip(self.fft_shape, model.shape[-2:], strict=True)]
+        return fourier.transform(jnp.pad(model, ((0, 0), *sides)))
 
     def __call__(
         self,
@@ -226,7 +235,7 @@ class Renderer(eqx.Module):
         Parameters
         ----------
         model_spectrum : array
-            `transform_model` of the model image of all channels of the frame.
+            `transform` of the model image of all channels of the frame.
         shift : array, shape (2,)
             Arcsec (east, north) by which sources appear displaced in this observation.
         psf_variance : array, shape (channel,), optional
@@ -266,12 +275,6 @@ class Renderer(eqx.Module):
             square = yy * self.ky[:, None] ** 2 + 2 * yx * self.ky[:, None] * self.kx + xx * self.kx**2
             modes = modes * jnp.exp(-2 * jnp.pi**2 * psf_variance[:, None, None] * square)
         return sampling(modes) * self.area
-
-
-def transform_model(model: Float[Array, "channel y x"], fft_shape: tuple[int, int]) -> Complex[Array, "channel k l"]:
-    """Return the Fourier transform of a model image, zero-padded to `fft_shape`."""
-    height, width = model.shape[-2:]
-    return fourier.transform(jnp.pad(model, ((0, 0), (0, fft_shape[0] - height), (0, fft_shape[1] - width))))
 
 
 def _select_channels(spectrum, channels: tuple[int, ...]):

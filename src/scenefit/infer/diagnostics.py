@@ -78,9 +78,11 @@ def of_chains(draws: dict[str, np.ndarray], divergent: float) -> Diagnostics:
         # A single chain is compared with itself, in halves; values that never move say nothing.
         constant = np.ptp(moved.reshape(*moved.shape[:-2], -1), axis=-1) == 0
         noise = np.where(constant[..., None, None], np.random.default_rng(0).normal(size=moved.shape), moved)
-        r_hat[path] = np.where(constant, np.nan, array_stats.rhat(noise))
-        bulk = array_stats.ess(noise, method="bulk")
-        tail = array_stats.ess(noise, method="tail", prob=TAIL_QUANTILES)
+        # Chains that never move, each at a place of its own, have an infinite R-hat.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            r_hat[path] = np.where(constant, np.nan, array_stats.rhat(noise))
+            bulk = array_stats.ess(noise, method="bulk")
+            tail = array_stats.ess(noise, method="tail", prob=TAIL_QUANTILES)
         ess[path] = np.where(constant, np.nan, np.minimum(bulk, tail))
     return Diagnostics(r_hat, ess, float("nan"), divergent)
 

@@ -94,6 +94,13 @@ class FitResult(eqx.Module):
         """Whether the fit met its tolerance."""
         return self.status is Status.CONVERGED
 
+    def __repr__(self) -> str:
+        shown = ", ".join(obs.name for obs in self.observations)
+        return (
+            f"FitResult: {self.status.value} after {self.num_steps} steps and {self.timing.get('fit', 0.0):.1f} s; "
+            f"loss {self.loss:.6g}; {len(self.scene.sources)} sources in {shown}"
+        )
+
 
 _step = compiled(solvers.gauss_newton_step)
 _dense_step = compiled(solvers.dense_step)

@@ -258,7 +258,9 @@ def _crops(problem: Problem, layout: Layout, boxes: Sequence[Box], earlier: Sequ
         first = np.array(stack.origin)
         for row, box in rows:
             last = first[row] + np.array(limit) - size
-            middle = [o + (n - s) // 2 for o, n, s in zip(box.origin, box.shape, size, strict=True)]
+            middle = [o + (n - s) // 2 for o, n, s in zip(box.origin, box.shape, size, strict=True)] + np.array(
+                stack.margin
+            )
             first[row] = np.clip(middle, first[row], last)
         origins.append(as_integers(first))
         sizes.append(size)

@@ -23,11 +23,12 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from scenefit.arrays import fourier
+from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_booleans, as_complexes, as_floats, compiled
 from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.correlation import LEAST_POWER, power_at
 from scenefit.data.observation import Observation
-from scenefit.data.renderer import Renderer, transform_model
+from scenefit.data.renderer import Renderer
 from scenefit.data.sampling import GridSampling, NonuniformSampling, SeparableSampling, TurningSampling
 from scenefit.sky.frame import Frame, pixel_map
 from scenefit.sky.psf import mapped_frequencies
@@ -127,7 +128,7 @@ def _sampling_factor(frame: Frame, obs: Observation) -> np.ndarray:
     if isinstance(sampling, GridSampling):
         ends = [(s.start, s.stop - 1) for s in renderer.window.slices]
         corners = pixel_map(obs.wcs, frame.wcs, *np.array(np.meshgrid(*ends)).reshape(2, -1))
-        first = corners.min(axis=0)
+        first = corners.min(axis=0) + frame.margin
         return np.exp(2j * np.pi * (ky * first[0] + kx * first[1]))
     if not isinstance(sampling, NonuniformSampling | TurningSampling):
         raise TypeError(f"{obs.name} has a sampling of an unknown kind: {type(sampling).__name__}.")
@@ -140,15 +141,18 @@ def smoothed(
     pulls: Float[Array, "channel height width"],
     response: Float[Array, "k l"],
     sigmas: Float[Array, " s"],
-    shape: tuple[int, int],
+    inner: Box,
 ) -> Float[Array, "s channel y x"]:
-    """Return the numerators n of sources of some sizes from what `pulled` returns; `response` is that of a point on the frame."""
+    """Return the numerators n of sources of some sizes from what `pulled` returns, on a part of the canvas.
+
+    `response` is that of a point on the frame.
+    """
     fft_shape = pulls.shape[1:]
     ky, kx = np.fft.fftfreq(fft_shape[0])[:, None], np.fft.rfftfreq(fft_shape[1])
     sizes = jnp.exp(-2 * jnp.pi**2 * sigmas[:, None, None] ** 2 * jnp.asarray(ky**2 + kx**2, sigmas.dtype))
     modes = fourier.transform(pulls) * response
     planes = jnp.fft.irfft2(modes * sizes[:, None], s=fft_shape)
-    return planes[..., : shape[0], : shape[1]]
+    return planes[(..., *inner.slices)]
 
 
 @compiled
@@ -156,13 +160,15 @@ def pulled(cameras: tuple[Camera, ...], model: Float[Array, "channel y x"]) -> F
     """Return `R^T C^-1 (r - R m)` on the canvas: R renders images on the frame, as `Renderer` has them, m is one of these."""
     canvas = (len(model), *cameras[0].renderer.fft_shape)
 
-    def seen(images):
-        spectrum = transform_model(images, canvas[1:])
+    def seen(spectrum):
         return [_whitened(camera, _rendered(camera, spectrum)) for camera in cameras]
 
     known = [_whitened(camera, camera.residual) for camera in cameras]
-    rest = [before - now for before, now in zip(known, seen(model), strict=True)]
-    (result,) = jax.linear_transpose(seen, jax.ShapeDtypeStruct(canvas, model.dtype))(rest)
+    now = seen(cameras[0].renderer.transform(model))
+    rest = [before - after for before, after in zip(known, now, strict=True)]
+    (result,) = jax.linear_transpose(
+        lambda image: seen(fourier.transform(image)), jax.ShapeDtypeStruct(canvas, model.dtype)
+    )(rest)
     return result
 
 
@@ -184,10 +190,10 @@ def information(
     sigmas: Float[Array, " s"],
     pairs: tuple[tuple[int, int], ...],
     canvas: tuple[int, int, int],
-    shape: tuple[int, int],
+    inner: Box,
 ):
-    """Return the information of all pairs of sizes in all channels, shape (pair, channel, y, x)."""
-    total = jnp.zeros((len(pairs), canvas[0], *shape), sigmas.dtype)
+    """Return the information of all pairs of sizes in all channels on a part of the canvas, shape (pair, channel, y, x)."""
+    total = jnp.zeros((len(pairs), canvas[0], *inner.shape), sigmas.dtype)
     for camera in cameras:
         ones = jnp.ones_like(camera.residual)
         _, slope = jax.jvp(camera.independent.fisher_residual, (jnp.zeros_like(ones),), (ones,))
@@ -200,7 +206,7 @@ def information(
         rows = []
         for first, second in pairs:
             product = fourier.transform(kernels[first] * kernels[second])
-            rows.append(_collected(camera, product, weights, canvas)[:, : shape[0], : shape[1]])
+            rows.append(_collected(camera, product, weights, canvas)[(slice(None), *inner.slices)])
         total = total + jnp.stack(rows)
     return jnp.maximum(total, 0.0)
 
@@ -220,7 +226,7 @@ def _collected(camera: Camera, kernel, weights, canvas):
         )
 
     def image(points):
-        return renderer(transform_model(points, canvas[1:]), camera.shift, None, camera.rotation)
+        return renderer(fourier.transform(points), camera.shift, None, camera.rotation)
 
     (collected,) = jax.linear_transpose(image, jax.ShapeDtypeStruct(canvas, weights.dtype))(weights)
     return collected

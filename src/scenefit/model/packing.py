@@ -32,6 +32,8 @@ MAX_ROOM, ROOM_CANVASES = 2.5, 4
 canvases."""
 STAMP_COPIES = 3
 """Images of the size of all stamps that a fit holds at a time, at least: the stamps, a change and a gradient."""
+EDGE_LIGHT = 0.05
+"""Stamps reach into the margin of the frame where more of the light than this may lie beyond the frame."""
 FEWEST_CLUMPS = 4
 """Clumps of all morphologies are padded to this number, or its double, fourfold ..."""
 SPARE_CANVASES, SPARE_PIXELS = (3, 10), 1 << 21
@@ -56,6 +58,8 @@ class Stack(eqx.Module):
         Channel c shows `flux[flux_index[c]] * flux_gain[c]`.
     origin : array of int, shape (n, 2)
         First pixel of the padded stamps on the canvas.
+    margin : array of int, shape ()
+        Pixel of the canvas that is the first of the frame, on which centers are.
     mask : array of bool, shape (n, h, w)
         Pixels of the true stamps.
     """
@@ -67,6 +71,7 @@ class Stack(eqx.Module):
     flux_index: Int[Array, "n channel"]
     flux_gain: Float[Array, "n channel"]
     origin: Int[Array, "n 2"]
+    margin: Int[Array, ""]
     mask: Bool[Array, "n h w"]
 
     @property
@@ -96,7 +101,7 @@ class Stack(eqx.Module):
 
             return jax.vmap(plane)(values)
 
-        stamps = jax.vmap(one)(self.morphology, self.bases, self.center, self.origin)
+        stamps = jax.vmap(one)(self.morphology, self.bases, self.center, self.origin - self.margin)
         return jnp.where(self.mask[:, None], stamps, 0.0)
 
 
@@ -157,7 +162,9 @@ class Member(eqx.Module):
 
 
 def component_box(component: Source, frame: Frame, room: float = 1.0, tolerance: float | None = None) -> Box:
-    """Return the stamp of a component on the model frame; empty if it lies outside.
+    """Return the stamp of a component on the model frame, or on it and its margin; empty if it lies outside.
+
+    The margin counts for profiles of which more than `EDGE_LIGHT` may lie beyond the frame.
 
     That of a profile is by the factor `room` larger than need be, so that it holds the profile when that has grown; all but a
     fraction `tolerance` of its light lies within (see `AbstractMorphology.radius`).
@@ -168,10 +175,16 @@ def component_box(component: Source, frame: Frame, room: float = 1.0, tolerance:
         height, width = morphology.values.shape[-2:]
         return Box((height, width), (corner[0], corner[1]))
     shapes = in_channels(morphology, frame.channels)
-    radius = room * max(shape.radius(model_psf_sigma(frame), tolerance) for shape in shapes)
-    # Not more than reaches over the whole frame.
-    half = int(np.ceil(min(radius, 2 * max(frame.box.shape))))
-    return Box.around(tuple(np.asarray(component.center, float)), half).intersection(frame.box)
+
+    def within(tolerance, room) -> Box:
+        radius = room * max(shape.radius(model_psf_sigma(frame), tolerance) for shape in shapes)
+        # Not more than reaches over the whole frame.
+        half = int(np.ceil(min(radius, 2 * max(frame.outer_box.shape))))
+        return Box.around(tuple(np.asarray(component.center, float)), half)
+
+    most = within(EDGE_LIGHT, 1.0)
+    limit = frame.box if most.intersection(frame.box) == most else frame.outer_box
+    return within(tolerance, room).intersection(limit)
 
 
 def _room(components, frame) -> float:
@@ -205,7 +218,7 @@ def pack(
     flux_unit : array, shape (channel,), optional
         Unit of the flux in each channel of the model image; 1 by default.
     whole_frame : bool
-        Whether the stamps of profiles cover the frame, whatever their size.
+        Whether the stamps of profiles cover the frame and its margin, whatever their size.
     roomy : collection of str
         Paths of profiles whose stamps are larger than need be by `MAX_ROOM`, whatever that costs.
 
@@ -228,14 +241,17 @@ def pack(
     room = np.inf if whole_frame else _room(components, frame)
     for path, component in components:
         box = component_box(component, frame, max(room, MAX_ROOM) if path in roomy else room)
-        inner = box.intersection(frame.box)
+        is_image = isinstance(component.morphology, AbstractImageMorphology)
+        inner = box.intersection(frame.box if is_image else frame.outer_box)
         if inner.is_empty or (inner.shape != box.shape):
             raise ValueError(
                 f"{path}: its stamp of {box.shape} pixels at (y, x) = {box.origin} isn't inside the model frame of "
                 f"{frame.box.shape} pixels. Remove the source, cut its image or enlarge the frame."
             )
         placed.append((path, component, box))
-    limit = frame.box.shape
+    fits = all(box.intersection(frame.box) == box for _, _, box in placed)
+    reach = frame.box if fits else frame.outer_box
+    limit = reach.shape
     sides = [min(bucket_size(max(box.shape)), max(limit)) for _, _, box in placed]
     pixels = canvas[0] * canvas[1]
     buckets = merged_buckets(sides, int(pixels * np.clip(SPARE_PIXELS / pixels, *SPARE_CANVASES)))
@@ -249,14 +265,14 @@ def pack(
     members = []
     for path, component, box, shape in placed:
         key = _stack_key(component, shape, clumps)
-        origin = tuple(min(o, n - s) for o, n, s in zip(box.origin, limit, shape, strict=True))
-        offset = (box.origin[0] - origin[0], box.origin[1] - origin[1])
+        corner = [min(o, n - s) for o, n, s in zip(box.origin, reach.stop, shape, strict=True)]
+        offset = (box.origin[0] - corner[0], box.origin[1] - corner[1])
         layout = component.spectrum.layout(frame.channels)
         flux_unit = flux_units(layout, unit, component.spectrum.flux.shape[0])
         members.append(Member(path, keys.index(key), len(rows[key]), box, offset, flux_unit))
-        rows[key].append((component, members[-1], origin, layout))
+        rows[key].append((component, members[-1], np.add(corner, frame.margin), layout))
     _check_memory(rows)
-    return [_build_stack(rows[key], key[2], unit, frame.channels, clumps) for key in keys], members
+    return [_build_stack(rows[key], key[2], unit, frame, clumps) for key in keys], members
 
 
 def memory_size() -> float:
@@ -337,7 +353,7 @@ def flux_units(layout: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
     return values
 
 
-def _build_stack(rows, shape, unit, channels, clumps) -> Stack:
+def _build_stack(rows, shape, unit, frame, clumps) -> Stack:
     """Stack components (with their members, origins and spectrum layouts) on stamps of `shape`, padding their number."""
     count, num_channels = bucket_count(len(rows)), len(unit)
     num_flux = rows[0][0].spectrum.flux.shape[0]
@@ -353,12 +369,13 @@ def _build_stack(rows, shape, unit, channels, clumps) -> Stack:
         mask[(n, *member.window)] = True
     return Stack(
         morphology=_stacked_morphologies(rows, mask.shape, clumps),
-        bases=_stacked_bases(rows, count, channels),
+        bases=_stacked_bases(rows, count, frame.channels),
         center=as_floats(center),
         flux=as_floats(flux),
         flux_index=as_integers(index),
         flux_gain=as_floats(gain),
         origin=as_integers(origin),
+        margin=as_integers(frame.margin),
         mask=as_booleans(mask),
     )
 

@@ -25,6 +25,10 @@ from scenefit.data.nuisances import NUISANCES
 from scenefit.sky import units
 
 
+MAX_ROWS = 60
+"""Parameters that are shown."""
+
+
 class _UnitDisk(constraints.ParameterFreeConstraint):
     """Vectors of norm below 1."""
 
@@ -89,6 +93,12 @@ class Parameter(eqx.Module):
         """Return a copy with some attributes changed."""
         return Parameter(**{**{name: getattr(self, name) for name in self.__dataclass_fields__}, **changes})
 
+    def __repr__(self) -> str:
+        state = f"= {self.tied_to}" if self.tied_to else "free" if self.free else "fixed"
+        shape, prior = " x ".join(map(str, self.shape)), type(self.prior).__name__
+        parts = [state, shape and f"[{shape}]", self.unit, "" if self.prior is None else f"prior {prior}"]
+        return f"{self.path}: " + ", ".join(part for part in parts if part)
+
 
 class Parameters(eqx.Module):
     """All parameters of a scene and its observations; `fix`, `free`, `prior` and `tie` return changed copies.
@@ -139,6 +149,13 @@ class Parameters(eqx.Module):
         if more:
             raise ValueError(f"{path!r} names {len(more) + 1} parameters; match() lists them.")
         return self.table[first]
+
+    def __repr__(self) -> str:
+        rows = [f"Parameters: {sum(map(self.is_fitted, self.table))} of {len(self.table)} fitted"]
+        rows += [repr(parameter) for parameter in list(self)[:MAX_ROWS]]
+        if len(self.table) > MAX_ROWS:
+            rows.append(f"... and {len(self.table) - MAX_ROWS} more: `match` lists those of a pattern")
+        return "\n".join(rows)
 
     def __iter__(self):
         """Iterate over the parameters."""

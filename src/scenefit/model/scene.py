@@ -53,8 +53,8 @@ class Scene(eqx.Module):
         for name, source in self.sources.items():
             yield from source.ties(f"sources.{name}")
 
-    def evaluate(self, names: Sequence[str] | None = None) -> np.ndarray:
-        """Evaluate the scene, or only the sources named, on the frame.
+    def evaluate(self, names: Sequence[str] | None = None, *, outer: bool = False) -> np.ndarray:
+        """Evaluate the scene, or only the sources named, on the frame, or on it and its margin (`outer`: `Frame.outer_box`).
 
         Returns
         -------
@@ -63,16 +63,17 @@ class Scene(eqx.Module):
         """
         sources = self.sources if names is None else {name: self.sources[name] for name in names}
         components = [c for name, source in sources.items() for c in source.components(f"sources.{name}")]
+        box = self.frame.outer_box if outer else self.frame.box
         if not components:
-            return np.zeros(self.frame.shape)
+            return np.zeros((len(self.frame.channels), *box.shape))
         fluxes = [np.abs(np.asarray(c.spectrum.evaluate(self.frame.channels), float)) for _, c in components]
         unit = np.max(fluxes, axis=0)
         unit = np.where(unit > 0, unit, 1.0)
         stacks, _ = pack(self.frame, components, unit)
         psf_sigma = as_floats(model_psf_sigma(self.frame))
         canvas = _evaluate(stacks, psf_sigma, (len(self.frame.channels), *self.frame.fft_shape))
-        height, width = self.frame.box.shape
-        return np.asarray(canvas)[:, :height, :width].astype(float) * unit[:, None, None]
+        seen = box.shift(self.frame.inner_box.origin)
+        return np.asarray(canvas)[(slice(None), *seen.slices)].astype(float) * unit[:, None, None]
 
     def stamps(self) -> dict[str, tuple[Box, np.ndarray]]:
         """Evaluate the morphology of every component on its own stamp, by path.
@@ -80,8 +81,8 @@ class Scene(eqx.Module):
         Returns
         -------
         dict of (Box, array of shape (plane, h, w))
-            The stamp on the frame, and the flux per pixel, convolved with the model PSF, of a component of unit flux: in one
-            plane for all channels, or in one for each.
+            The stamp on the frame and its margin, and the flux per pixel, convolved with the model PSF, of a component of unit
+            flux: in one plane for all channels, or in one for each.
         """
         stacks, members = pack(self.frame, list(self.components()))
         psf_sigma = as_floats(model_psf_sigma(self.frame))

@@ -26,6 +26,9 @@ MODEL_PSF_MARGIN = 0.9
 DISTORTED_PROJECTIONS = ("TPV", "TPD", "TPU", "TNX", "ZPX", "ZPN")
 """Projection codes of FITS that hold a distortion polynomial, which astropy doesn't count as one."""
 
+MARGIN_FRACTION, LEAST_MARGIN = 0.25, 4
+"""The light of sources is modelled this part of the padding beyond the frame, too, and so many pixels at least: the reach of
+the model PSF of a point on the frame's edge."""
 EDGE_TOLERANCE = 1e-3
 """Model pixels by which an observation may reach over the edge of the frame without getting another row of them."""
 
@@ -53,7 +56,8 @@ class Frame(eqx.Module):
         evaluated as they appear through it.)
     padding : int
         Pixels beyond the frame that light must not wrap around in a convolution: half the extent of the widest
-        observed PSF, in model pixels. `Frame.from_observations` sets it.
+        observed PSF, in model pixels. `Frame.from_observations` sets it. In a quarter of it around the frame (`outer_box`) the
+        light of profiles is modelled, too: PSFs bring part of it onto the frame.
 
     Raises
     ------
@@ -179,8 +183,27 @@ class Frame(eqx.Module):
         return (len(self.channels), *self.box.shape)
 
     @property
+    def margin(self) -> int:
+        """Pixels around the frame in which the light of profiles is modelled, too."""
+        return min(max(int(MARGIN_FRACTION * self.padding), LEAST_MARGIN), self.padding // 2)
+
+    @property
+    def outer_box(self) -> Box:
+        """The frame and its margin."""
+        return self.box.grow(self.margin)
+
+    @property
+    def inner_box(self) -> Box:
+        """Where the frame lies on an image of `outer_box`, and on the padded grid, which begins with the margin."""
+        return self.box.shift((self.margin, self.margin))
+
+    @property
     def fft_shape(self) -> tuple[int, int]:
-        """Height and width of the zero-padded grid on which the model is convolved; coarse, so that many frames share it."""
+        """Height and width of the zero-padded grid on which the model is convolved; coarse, so that many frames share it.
+
+        Light on the frame doesn't wrap around onto it; of light in the margin, wings beyond three
+        quarters of the PSF's extent may.
+        """
         height, width = self.box.shape
         return coarse_fast_length(height + self.padding), coarse_fast_length(width + self.padding)
 

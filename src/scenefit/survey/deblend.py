@@ -156,7 +156,7 @@ def deblend(
     if repeated := sorted({name for name in seen if seen.count(name) > 1}):
         raise ValueError(f"Observation names must be distinct; {', '.join(map(repr, repeated))} repeat(s).")
     matched = {obs.name: obs.match(scene.frame) if obs.renderer is None else obs for obs in observations}
-    images, model = unit_images(scene, names, scene.stamps()), scene.evaluate()
+    images, model = unit_images(scene, names, scene.stamps()), scene.evaluate(outer=True)
     cutouts = {name: source_cutouts(scene, obs, images, progress) for name, obs in matched.items()}
     residuals = {name: np.where(obs.compared, obs.data - obs.render(model), np.nan) for name, obs in matched.items()}
     return Deblended(matched, cutouts, residuals)
@@ -226,15 +226,14 @@ def source_cutouts(
     names, renderer, frame = list(images), obs.matched_renderer, scene.frame
     windows = covered_pixels([images[name].box for name in names], frame, obs)
     colors = disjoint_colors(windows)
-    background, cutouts = obs.background_image(), {}
+    background, cutouts, outer = obs.background_image(), {}, frame.outer_box
     channels, first = np.array(renderer.channels), renderer.window.origin
     for color in with_progress(list(np.unique(colors)), f"sources in {obs.name}", progress):
-        members, model = np.nonzero(colors == color)[0], np.zeros(frame.shape)
+        members, model = np.nonzero(colors == color)[0], np.zeros((len(frame.channels), *outer.shape))
         for n in members:
             each = images[names[n]]
-            inside = each.box.intersection(frame.box)
-            own = inside.shift((-each.box.origin[0], -each.box.origin[1]))
-            model[(slice(None), *inside.slices)] += each.image[(slice(None), *own.slices)]
+            place = each.box.shift(frame.inner_box.origin)
+            model[(slice(None), *place.slices)] += each.image
         rendered = obs.render(model) - background
         for n in members:
             y0, y1, x0, x1 = (int(end) for end in windows[n])

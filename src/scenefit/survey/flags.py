@@ -132,5 +132,6 @@ def _reaches_edge(components: Mapping[str, Source], stamps, frame: Frame) -> boo
         if isinstance(part.morphology, AbstractImageMorphology) and inner.intersection(box).shape != box.shape:
             return True
         flux = np.abs(np.asarray(part.spectrum.evaluate(frame.channels), float))
-        lost, total = lost + np.sum(flux * (1 - image.sum(axis=(1, 2)))), total + flux.sum()
+        seen = image[(slice(None), *box.intersection(frame.box).shift((-box.origin[0], -box.origin[1])).slices)]
+        lost, total = lost + np.sum(flux * (1 - seen.sum(axis=(1, 2)))), total + flux.sum()
     return bool(lost > LIGHT_BEYOND * total)

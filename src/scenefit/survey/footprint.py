@@ -65,7 +65,7 @@ def measure_footprints(
     ----------
     Bosch et al. 2018, PASJ 70, S5, section 4.9.11, doi:10.1093/pasj/psx080 (blendedness; without their weight function).
     """
-    names, model = list(scene.sources), scene.evaluate()
+    names, model = list(scene.sources), scene.evaluate(outer=True)
     images = unit_images(scene, names, stamps)
     shape = (len(names), len(scene.frame.channels))
     own, shared, chi_square = np.zeros(shape), np.zeros(shape), np.zeros(shape)

@@ -247,7 +247,7 @@ def _added(originals, matched, scene: Scene, gain, rng) -> list[Observation]:
     names = [obs.name for obs in originals]
     if unknown := [name for name in gains if name not in names]:
         raise ValueError(f"gain: no observation is named {unknown}; there are {names}.")
-    model = scene.evaluate()
+    model = scene.evaluate(outer=True)
     new = []
     for obs, seen in zip(originals, matched, strict=True):
         light = np.where(obs.noise.valid, seen.render(model) - seen.background_image(), 0.0)

@@ -43,7 +43,7 @@ class Search(NamedTuple):
 
 def search_in(frame: Frame, observations, scales, threshold, scene) -> tuple[Search, dict[str, np.ndarray]]:
     """Return what to search in, and the pixels of each observation that are left out."""
-    model = None if scene is None else scene.evaluate()
+    model = None if scene is None else scene.evaluate(outer=True)
     residuals, outliers, cleaned = [], {}, []
     for obs in observations:
         sky = obs.background_image()
@@ -56,7 +56,7 @@ def search_in(frame: Frame, observations, scales, threshold, scene) -> tuple[Sea
     pulls = sky.pull(np.zeros(frame.shape))
     planes, scene_planes = sky.coadded(pulls), np.zeros((len(sky.groups), len(sky.sizes), *sky.shape))
     if model is not None:
-        scene_planes = planes - sky.coadded(sky.pull(model))
+        scene_planes = planes - sky.coadded(sky.pull(model[(slice(None), *frame.inner_box.slices)]))
     widths = np.array([psf_width(frame, obs) for obs in observations])
     search = Search(
         sky=sky,

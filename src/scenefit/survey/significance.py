@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array
 from scipy import ndimage
 
+from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_floats
 from scenefit.data.observation import Observation
 from scenefit.infer.matched import Camera, camera, channel_units, information, pulled, smoothed
@@ -44,6 +45,8 @@ class Layer(eqx.Module):
     ----------
     information : array, shape (pair, y, x)
         First that of every size (surroundings, too) with itself, then that of every size of sources with its surroundings.
+    covered : array of bool, shape (scale, y, x)
+        Where any of the observations has data enough for sources of a scale.
     group : array of int, shape (y, x), or None
         Which group of observations counts at each pixel; None for all.
     psf_sigma : array, shape (y, x)
@@ -51,6 +54,7 @@ class Layer(eqx.Module):
     """
 
     information: np.ndarray
+    covered: np.ndarray
     group: np.ndarray | None
     psf_sigma: np.ndarray
 
@@ -60,6 +64,8 @@ class Sky(eqx.Module):
 
     Attributes
     ----------
+    inner : Box
+        Where the frame lies on the padded grid.
     groups : tuple of tuple of Camera
         Observations of equal sharpness, the sharpest first.
     information : tuple of arrays, shape (pair, channel, y, x)
@@ -84,6 +90,7 @@ class Sky(eqx.Module):
         One flux density in these units, in those of the deepest channel.
     """
 
+    inner: Box
     groups: tuple[tuple[Camera, ...], ...]
     information: tuple[np.ndarray, ...]
     depth: np.ndarray
@@ -114,7 +121,8 @@ class Sky(eqx.Module):
             tuple(camera(frame, observations[n], residuals[n], unit) for n in members) for members in numbers
         )
         canvas = (len(frame.channels), *frame.fft_shape)
-        known = [np.asarray(information(g, as_floats(sizes), pairs, canvas, frame.box.shape)) for g in groups]
+        inner = frame.inner_box
+        known = [np.asarray(information(g, as_floats(sizes), pairs, canvas, inner)) for g in groups]
         counts = np.stack([_counts(*each, sizes) for each in zip(groups, known, group_widths, strict=True)])
         known = [
             np.stack(
@@ -124,6 +132,7 @@ class Sky(eqx.Module):
         ]
         ky, kx = np.fft.fftfreq(frame.fft_shape[0]), np.fft.rfftfreq(frame.fft_shape[1])
         return cls(
+            inner=inner,
             groups=groups,
             information=tuple(known),
             depth=np.stack([each[0].max(axis=(1, 2)) for each in known]),
@@ -156,20 +165,21 @@ class Sky(eqx.Module):
     def coadded(self, pulls: Sequence[Array]) -> np.ndarray:
         """Return the numerators of all sizes, the channels added, of each group, shape (group, size, y, x)."""
         added = jnp.stack([jnp.tensordot(as_floats(self.weights), pull, axes=1) for pull in pulls])
-        planes = np.asarray(smoothed(added, self.response, as_floats(self.sizes), self.shape))
+        planes = np.asarray(smoothed(added, self.response, as_floats(self.sizes), self.inner))
         return np.where(self.counts, np.moveaxis(planes, 1, 0), 0.0)
 
     def layers(self) -> list[Layer]:
         """Return the sharpest observations with data at each pixel, and all of them unless that is the same."""
         squares = (self.weights**2)[:, None, None]
         known = np.stack([(each * squares).sum(axis=1) for each in self.information])
+        covered = np.stack([[self._covered(each, scale) for scale in range(self.num_scales)] for each in known])
         if len(known) == 1:
-            return [Layer(known[0], None, np.broadcast_to(self.widths[0], self.shape))]
-        seen = np.stack([self._covered(each, 0) for each in known])
+            return [Layer(known[0], covered[0], None, np.broadcast_to(self.widths[0], self.shape))]
+        seen = covered[:, 0]
         group = np.where(seen.any(axis=0), seen.argmax(axis=0), len(known) - 1)
-        sharpest = np.take_along_axis(known, group[None, None], axis=0)[0]
+        sharpest, sharp = (np.take_along_axis(each, group[None, None], axis=0)[0] for each in (known, covered))
         widths = self.widths[group]
-        return [Layer(sharpest, group, widths), Layer(known.sum(axis=0), None, widths)]
+        return [Layer(sharpest, sharp, group, widths), Layer(known.sum(axis=0), covered.any(axis=0), None, widths)]
 
     def chosen(self, layer: Layer, planes: np.ndarray) -> np.ndarray:
         """Return the numerators that count in a layer, shape (size, y, x)."""
@@ -188,15 +198,14 @@ class Sky(eqx.Module):
 
     def significance(self, layer: Layer, numerator: np.ndarray, scale: int, spread=0.0) -> np.ndarray:
         """Return the significance of sources of a scale, 0 without data; `spread` is an error of the numerator besides noise."""
-        known = layer.information[scale]
-        good = self._covered(layer.information, scale)
+        known, good = layer.information[scale], layer.covered[scale]
         return np.where(good, numerator[scale] / np.sqrt(np.where(good, known, 1.0) + spread**2), 0.0)
 
     def contrast(self, layer: Layer, numerator: np.ndarray, scale: int, spread=0.0) -> np.ndarray:
         """Return the significance of the contrast of a scale with its surroundings, 0 without data."""
         own, wide = layer.information[scale], layer.information[self.around[scale]]
         cross = layer.information[len(self.sizes) + scale]
-        good = self._covered(layer.information, scale)
+        good = layer.covered[scale]
         ratio = np.where(good, cross / np.where(good, wide, 1.0), 0.0)
         left = own - ratio * cross
         good &= left > TELLS_APART * own
@@ -205,8 +214,7 @@ class Sky(eqx.Module):
 
     def flux(self, layer: Layer, numerator: np.ndarray, scale: int) -> np.ndarray:
         """Return fluxes of sources of a scale, in units of the deepest channel; 0 without data."""
-        known = layer.information[scale]
-        good = self._covered(layer.information, scale)
+        known, good = layer.information[scale], layer.covered[scale]
         return np.where(good, numerator[scale] / np.where(good, known, 1.0), 0.0)
 
 

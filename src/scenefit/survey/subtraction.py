@@ -171,12 +171,12 @@ def fit_fluxes(
         `sky.pull` of nothing.
     start : array, shape (source, channel)
     """
-    height, width = frame.box.shape
+    inner = frame.inner_box.slices
     has_data = information > 0
     step_size = np.where(has_data, 1 / np.where(has_data, information, 1.0), 0.0)
 
     def gradient(left) -> np.ndarray:
-        canvas = np.asarray(sum(left), dtype=float)[:, :height, :width]
+        canvas = np.asarray(sum(left), dtype=float)[(slice(None), *inner)]
         return images @ canvas.reshape(len(canvas), -1).T
 
     def pulled(fluxes) -> list[Array]:
