@@ -131,7 +131,7 @@ def make_observation(kind="CD", name="HSC", **options) -> Observation:
 
 
 def make_scene() -> Scene:
-    frame = Frame((16, 18), channels=["g", ("r", 3)], wcs=make_wcs(), psf=GaussianPSF(0.8), padding=9)
+    frame = Frame((16, 18), channels=["g", ("r", 3)], wcs=make_wcs(), psf=GaussianPSF(0.8), padding=9, margin=3)
     parts = {
         "bulge": Source([5.5, 6.25], ArraySpectrum([1.0, 3.0]), GaussianMorphology(2.1, [0.1, 0.2])),
         "arms": Source([5.5, 6.25], [2.0, 1.0], PixelMorphology(RNG.uniform(size=(7, 9)), anchor=(3, 3))),

@@ -248,6 +248,12 @@ def test_negative_padding_is_refused():
         Frame(SHAPE, channels="g", padding=-3)
 
 
+@pytest.mark.parametrize("margin", [-1, 11])
+def test_margins_the_padding_has_no_room_for(margin):
+    with pytest.raises(ValueError, match=f"a margin of 0 pixels to half the padding of 20; got {margin}"):
+        Frame(SHAPE, channels="g", padding=20, margin=margin)
+
+
 @pytest.mark.usefixtures("as_users_have_it")
 @pytest.mark.parametrize("wcs", ["image.fits", {"CTYPE1": "RA---TAN"}])
 def test_what_is_no_wcs(wcs):
@@ -287,6 +293,7 @@ def test_the_same_frame_built_twice():
         {"shape": (31, 40)},
         {"channels": "r"},
         {"padding": 6},
+        {"margin": 1},
         {"psf": GaussianPSF(0.8)},
         {"wcs": None},
         {"wcs": tangent_header(SHAPE, offset=(0.1, 0.0))},
@@ -398,7 +405,13 @@ def test_channels_are_the_ordered_union():
 def test_padding_holds_the_widest_psf(pair):
     fine, coarse = pair
     expected = int(np.ceil(max(fine.psf.extent, coarse.psf.extent * 0.168 / 0.03)))
-    assert Frame.from_observations(pair).padding == expected
+    frame = Frame.from_observations(pair)
+    # With room for the light in the margin, 1.5 widths of the PSF.
+    width = max(fine.psf.effective_sigma.max(), coarse.psf.effective_sigma.max() * 0.168 / 0.03)
+    assert frame.margin == int(np.ceil(1.5 * width))
+    assert frame.padding == expected + frame.margin
+    assert frame.outer_box == frame.box.grow(frame.margin)
+    assert all(n >= m for n, m in zip(frame.fft_shape, frame.outer_box.shape, strict=True))
 
 
 def test_narrow_psf_subdivides_the_pixels():

@@ -278,9 +278,12 @@ class _Run:
                 larger = _grown(component, component.morphology, scene.frame, views) if near else None
             else:
                 # Analytic stamps follow from the shape, which has changed since they were packed.
-                box = component_box(component, scene.frame)
-                larger = component if max(box.shape) > ANALYTIC_GROWTH * max(member.box.shape) else None
-                if max(box.shape) > NEARLY_FULL * max(member.box.shape):
+                # On the frame: little depends on what lies beyond, and new stamps are compiled anew.
+                inner = scene.frame.box
+                now = max(component_box(component, scene.frame).intersection(inner).shape)
+                room = max(member.box.intersection(inner).shape)
+                larger = component if now > ANALYTIC_GROWTH * room else None
+                if now > NEARLY_FULL * room:
                     full.add(path)
             if larger is not None:
                 grown[path] = larger

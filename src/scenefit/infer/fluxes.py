@@ -38,7 +38,7 @@ from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
 from scenefit.model.source import CompositeSource
 from scenefit.model.spectrum import ArraySpectrum
-from scenefit.sky.frame import Channel, Frame, band_of
+from scenefit.sky.frame import Channel, band_of, with_channels
 
 MAX_ROUNDS = 50
 """Reweighted solutions at most, for noise that isn't Gaussian."""
@@ -352,7 +352,7 @@ class FluxSolver:
 def unit_scene(scene: Scene, channels: Sequence[Channel]) -> Scene:
     """Return the scene in other channels, all components with unit flux in each."""
     old = scene.frame
-    frame = Frame(old.box.shape, channels=channels, wcs=old.wcs, psf=old.psf, padding=old.padding)
+    frame = with_channels(old, channels)
 
     def replaced(source):
         if isinstance(source, CompositeSource):

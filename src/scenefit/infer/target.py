@@ -95,19 +95,15 @@ class Target(eqx.Module):
 
     def _log_volume(self, vector):
         """Return the logarithm of the derivative of the parameters with respect to the problem's coordinates."""
-        coordinate, total = vector[self.problem.index], jnp.zeros((), vector.dtype)
-        for leaf in self.problem.leaves:
-            part = slice(leaf.start, leaf.stop)
-            own = self.own[part]
-            if leaf.map == "range":
-                low, high = self.problem.low[part], self.problem.high[part]
-                ones = jnp.ones_like(coordinate[part])
-                slope = jax.jvp(lambda c, a=low, b=high: smooth_range(c, a, b), (coordinate[part],), (ones,))[1]
-                total += jnp.sum(jnp.where(own, jnp.log(jnp.abs(jnp.where(own, slope, 1.0))), 0.0))
-            elif leaf.map == "disk":
-                pairs = coordinate[part].reshape(-1, 2)
-                total -= 2 * jnp.sum(jnp.where(own.reshape(-1, 2)[:, 0], jnp.log1p(jnp.sum(pairs**2, axis=1)), 0.0))
-        return total
+        problem, coordinate = self.problem, vector[self.problem.index]
+        is_ranged, is_disk, other = problem.maps()
+        is_ranged = is_ranged & self.own
+        ones = jnp.ones_like(coordinate)
+        slope = jax.jvp(lambda at: smooth_range(at, problem.low, problem.high), (coordinate,), (ones,))[1]
+        total = jnp.sum(jnp.where(is_ranged, jnp.log(jnp.abs(jnp.where(is_ranged, slope, 1.0))), 0.0))
+        # The determinant of a pair's map, half of its logarithm from each of the two.
+        square = coordinate**2 + coordinate[other] ** 2
+        return total - jnp.sum(jnp.where(is_disk & self.own, jnp.log1p(square), 0.0))
 
 
 def _bounded(free, low, high, softness):

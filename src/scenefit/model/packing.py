@@ -32,8 +32,6 @@ MAX_ROOM, ROOM_CANVASES = 2.5, 4
 canvases."""
 STAMP_COPIES = 3
 """Images of the size of all stamps that a fit holds at a time, at least: the stamps, a change and a gradient."""
-EDGE_LIGHT = 0.05
-"""Stamps reach into the margin of the frame where more of the light than this may lie beyond the frame."""
 FEWEST_CLUMPS = 4
 """Clumps of all morphologies are padded to this number, or its double, fourfold ..."""
 SPARE_CANVASES, SPARE_PIXELS = (3, 10), 1 << 21
@@ -162,9 +160,7 @@ class Member(eqx.Module):
 
 
 def component_box(component: Source, frame: Frame, room: float = 1.0, tolerance: float | None = None) -> Box:
-    """Return the stamp of a component on the model frame, or on it and its margin; empty if it lies outside.
-
-    The margin counts for profiles of which more than `EDGE_LIGHT` may lie beyond the frame.
+    """Return the stamp of a component on the model frame and its margin; empty if it lies outside.
 
     That of a profile is by the factor `room` larger than need be, so that it holds the profile when that has grown; all but a
     fraction `tolerance` of its light lies within (see `AbstractMorphology.radius`).
@@ -175,16 +171,10 @@ def component_box(component: Source, frame: Frame, room: float = 1.0, tolerance:
         height, width = morphology.values.shape[-2:]
         return Box((height, width), (corner[0], corner[1]))
     shapes = in_channels(morphology, frame.channels)
-
-    def within(tolerance, room) -> Box:
-        radius = room * max(shape.radius(model_psf_sigma(frame), tolerance) for shape in shapes)
-        # Not more than reaches over the whole frame.
-        half = int(np.ceil(min(radius, 2 * max(frame.outer_box.shape))))
-        return Box.around(tuple(np.asarray(component.center, float)), half)
-
-    most = within(EDGE_LIGHT, 1.0)
-    limit = frame.box if most.intersection(frame.box) == most else frame.outer_box
-    return within(tolerance, room).intersection(limit)
+    radius = room * max(shape.radius(model_psf_sigma(frame), tolerance) for shape in shapes)
+    # Not more than reaches over the whole frame.
+    half = int(np.ceil(min(radius, 2 * max(frame.outer_box.shape))))
+    return Box.around(tuple(np.asarray(component.center, float)), half).intersection(frame.outer_box)
 
 
 def _room(components, frame) -> float:
@@ -249,9 +239,7 @@ def pack(
                 f"{frame.box.shape} pixels. Remove the source, cut its image or enlarge the frame."
             )
         placed.append((path, component, box))
-    fits = all(box.intersection(frame.box) == box for _, _, box in placed)
-    reach = frame.box if fits else frame.outer_box
-    limit = reach.shape
+    limit, stop = frame.outer_box.shape, frame.outer_box.stop
     sides = [min(bucket_size(max(box.shape)), max(limit)) for _, _, box in placed]
     pixels = canvas[0] * canvas[1]
     buckets = merged_buckets(sides, int(pixels * np.clip(SPARE_PIXELS / pixels, *SPARE_CANVASES)))
@@ -265,7 +253,7 @@ def pack(
     members = []
     for path, component, box, shape in placed:
         key = _stack_key(component, shape, clumps)
-        corner = [min(o, n - s) for o, n, s in zip(box.origin, reach.stop, shape, strict=True)]
+        corner = [min(o, n - s) for o, n, s in zip(box.origin, stop, shape, strict=True)]
         offset = (box.origin[0] - corner[0], box.origin[1] - corner[1])
         layout = component.spectrum.layout(frame.channels)
         flux_unit = flux_units(layout, unit, component.spectrum.flux.shape[0])

@@ -24,7 +24,6 @@ from numpyro.distributions.transforms import ParameterFreeTransform, biject_to
 from scenefit.data.nuisances import NUISANCES
 from scenefit.sky import units
 
-
 MAX_ROWS = 60
 """Parameters that are shown."""
 

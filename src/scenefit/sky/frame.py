@@ -26,9 +26,9 @@ MODEL_PSF_MARGIN = 0.9
 DISTORTED_PROJECTIONS = ("TPV", "TPD", "TPU", "TNX", "ZPX", "ZPN")
 """Projection codes of FITS that hold a distortion polynomial, which astropy doesn't count as one."""
 
-MARGIN_FRACTION, LEAST_MARGIN = 0.25, 4
-"""The light of sources is modelled this part of the padding beyond the frame, too, and so many pixels at least: the reach of
-the model PSF of a point on the frame's edge."""
+MARGIN_WIDTHS, LEAST_MARGIN = 1.5, 4
+"""The light of sources is modelled beyond the frame, too: so many standard deviations of the widest PSF, and so many pixels at
+least, the reach of the model PSF of a point on the edge."""
 EDGE_TOLERANCE = 1e-3
 """Model pixels by which an observation may reach over the edge of the frame without getting another row of them."""
 
@@ -56,14 +56,17 @@ class Frame(eqx.Module):
         evaluated as they appear through it.)
     padding : int
         Pixels beyond the frame that light must not wrap around in a convolution: half the extent of the widest
-        observed PSF, in model pixels. `Frame.from_observations` sets it. In a quarter of it around the frame (`outer_box`) the
-        light of profiles is modelled, too: PSFs bring part of it onto the frame.
+        observed PSF, in model pixels, and the margin. `Frame.from_observations` sets it.
+    margin : int, optional
+        Pixels around the frame, at most half the padding, in which the light of profiles is modelled, too (`outer_box`), since
+        PSFs bring part of it onto the frame: 4 unless given. `Frame.from_observations` sets it to 1.5 standard deviations of the
+        widest PSF.
 
     Raises
     ------
     ValueError
         If the shape isn't two positive integers, a channel repeats, the WCS isn't celestial, the PSF has more
-        than one channel, or the padding is negative.
+        than one channel, the padding is negative, or the margin isn't between 0 and half of it.
     TypeError
         If the PSF isn't a round Gaussian.
     """
@@ -73,6 +76,7 @@ class Frame(eqx.Module):
     wcs: WCS | None = eqx.field(static=True)
     psf: GaussianPSF
     padding: int = eqx.field(static=True)
+    margin: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class Frame(eqx.Module):
         wcs: WCS | fits.Header | None = None,
         psf: GaussianPSF | None = None,
         padding: int = 32,
+        margin: int | None = None,
     ):
         if np.shape(shape) != (2,) or min(shape) < 1 or any(n != int(n) for n in shape):
             raise ValueError(f"A Frame wants shape (height, width) of at least one pixel each; got {shape}.")
@@ -98,7 +103,10 @@ class Frame(eqx.Module):
             raise ValueError(f"A Frame wants one model PSF for all channels; got one of {count} channels.")
         if padding < 0:
             raise ValueError(f"A Frame wants a padding of at least 0 pixels; got {padding}.")
-        self.padding = int(padding)
+        margin = min(LEAST_MARGIN, int(padding) // 2) if margin is None else margin
+        if not 0 <= margin <= padding / 2:
+            raise ValueError(f"A Frame wants a margin of 0 pixels to half the padding of {padding}; got {margin}.")
+        self.padding, self.margin = int(padding), int(margin)
 
     @classmethod
     def from_observations(
@@ -164,28 +172,22 @@ class Frame(eqx.Module):
                 + "; ".join(f"{obs.name} covers {_sky_extent(obs)}" for obs in observations)
                 + ". Check their WCS or use coverage='union'."
             )
-        padding = max(
-            int(np.ceil(obs.psf.extent * pixel_scale_of(obs.wcs) / pixel_scale_of(grid)))
-            if grid is not None
-            else int(np.ceil(obs.psf.extent))
-            for obs in observations
-        )
+        scales = [1.0 if grid is None else pixel_scale_of(obs.wcs) / pixel_scale_of(grid) for obs in observations]
+        reach = max(obs.psf.extent * scale for obs, scale in zip(observations, scales, strict=True))
+        width = max(obs.psf.effective_sigma.max() * scale for obs, scale in zip(observations, scales, strict=True))
+        margin = max(int(np.ceil(MARGIN_WIDTHS * width)), LEAST_MARGIN)
+        padding = int(np.ceil(reach)) + margin
         wcs = None
         if grid is not None:
             wcs = grid.deepcopy()
             wcs.wcs.crpix -= np.array(box.origin[::-1])
             wcs.array_shape = box.shape
-        return cls(box.shape, channels=channels, wcs=wcs, psf=psf, padding=padding)
+        return cls(box.shape, channels=channels, wcs=wcs, psf=psf, padding=padding, margin=min(margin, padding // 2))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channel, y, x)."""
         return (len(self.channels), *self.box.shape)
-
-    @property
-    def margin(self) -> int:
-        """Pixels around the frame in which the light of profiles is modelled, too."""
-        return min(max(int(MARGIN_FRACTION * self.padding), LEAST_MARGIN), self.padding // 2)
 
     @property
     def outer_box(self) -> Box:
@@ -199,11 +201,7 @@ class Frame(eqx.Module):
 
     @property
     def fft_shape(self) -> tuple[int, int]:
-        """Height and width of the zero-padded grid on which the model is convolved; coarse, so that many frames share it.
-
-        Light on the frame doesn't wrap around onto it; of light in the margin, wings beyond three
-        quarters of the PSF's extent may.
-        """
+        """Height and width of the zero-padded grid on which the model is convolved; coarse, so that many frames share it."""
         height, width = self.box.shape
         return coarse_fast_length(height + self.padding), coarse_fast_length(width + self.padding)
 
@@ -275,6 +273,13 @@ class Frame(eqx.Module):
         return (ahead - behind).T
 
 
+def with_channels(frame: Frame, channels: Sequence[Channel | list]) -> Frame:
+    """Return a frame of the same pixels with other channels."""
+    return Frame(
+        frame.box.shape, channels=channels, wcs=frame.wcs, psf=frame.psf, padding=frame.padding, margin=frame.margin
+    )
+
+
 def is_same_frame(first: Frame, second: Frame) -> bool:
     """Return whether two frames have the same pixels, channels, PSF and padding, so that one may stand for the other.
 
@@ -287,7 +292,7 @@ def is_same_frame(first: Frame, second: Frame) -> bool:
         same_grid = one is other
     else:
         same_grid = not (one.has_distortion or other.has_distortion) and one.wcs == other.wcs
-    names = "box", "channels", "padding"
+    names = "box", "channels", "padding", "margin"
     return (
         same_grid
         and all(getattr(first, name) == getattr(second, name) for name in names)

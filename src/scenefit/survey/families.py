@@ -15,7 +15,7 @@ from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.morphology import PointMorphology, SersicMorphology, parameter_values
 from scenefit.model.scene import Scene
 from scenefit.model.source import AbstractSource, CompositeSource, Source
-from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of
+from scenefit.sky.frame import Frame, pixel_map, pixel_scale_of, with_channels
 from scenefit.survey.clumps import find_clumps, single_sources
 from scenefit.survey.envelopes import RING_SIGMAS, Envelope, psf_width, ring_radius
 
@@ -85,7 +85,7 @@ def automatic_scene(
         Point: a `Source`. Disk alone: a `Source`. Disk and bulge: a concentric `CompositeSource` of these parts.
     """
     sigma = psf_width(frame, sharpest)
-    single = Frame(frame.box.shape, channels=sharpest.channels, wcs=frame.wcs, psf=frame.psf, padding=frame.padding)
+    single = with_channels(frame, sharpest.channels)
     shown = list(frame.channel_index(sharpest.channels))
     flux_of = dict(zip(envelopes, fluxes, strict=True))
     seen = {name: envelope for name, envelope in envelopes.items() if _is_seen(frame, sharpest, envelope.center)}

@@ -179,7 +179,10 @@ class Sky(eqx.Module):
         group = np.where(seen.any(axis=0), seen.argmax(axis=0), len(known) - 1)
         sharpest, sharp = (np.take_along_axis(each, group[None, None], axis=0)[0] for each in (known, covered))
         widths = self.widths[group]
-        return [Layer(sharpest, sharp, group, widths), Layer(known.sum(axis=0), covered.any(axis=0), None, widths)]
+        return [
+            Layer(sharpest, sharp, group, widths),
+            Layer(known.sum(axis=0), np.logical_or.reduce(covered), None, widths),
+        ]
 
     def chosen(self, layer: Layer, planes: np.ndarray) -> np.ndarray:
         """Return the numerators that count in a layer, shape (size, y, x)."""
