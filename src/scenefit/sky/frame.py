@@ -59,8 +59,8 @@ class Frame(eqx.Module):
         observed PSF, in model pixels, and the margin. `Frame.from_observations` sets it.
     margin : int, optional
         Pixels around the frame, at most half the padding, in which the light of profiles is modelled, too (`outer_box`), since
-        PSFs bring part of it onto the frame: 4 unless given. `Frame.from_observations` sets it to 1.5 standard deviations of the
-        widest PSF.
+        PSFs bring part of it onto the frame: none unless given. `Frame.from_observations` sets it to 1.5 standard deviations
+        of the widest PSF.
 
     Raises
     ------
@@ -86,7 +86,7 @@ class Frame(eqx.Module):
         wcs: WCS | fits.Header | None = None,
         psf: GaussianPSF | None = None,
         padding: int = 32,
-        margin: int | None = None,
+        margin: int = 0,
     ):
         if np.shape(shape) != (2,) or min(shape) < 1 or any(n != int(n) for n in shape):
             raise ValueError(f"A Frame wants shape (height, width) of at least one pixel each; got {shape}.")
@@ -103,7 +103,6 @@ class Frame(eqx.Module):
             raise ValueError(f"A Frame wants one model PSF for all channels; got one of {count} channels.")
         if padding < 0:
             raise ValueError(f"A Frame wants a padding of at least 0 pixels; got {padding}.")
-        margin = min(LEAST_MARGIN, int(padding) // 2) if margin is None else margin
         if not 0 <= margin <= padding / 2:
             raise ValueError(f"A Frame wants a margin of 0 pixels to half the padding of {padding}; got {margin}.")
         self.padding, self.margin = int(padding), int(margin)
