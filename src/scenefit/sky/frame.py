@@ -15,6 +15,7 @@ from astropy.wcs.utils import proj_plane_pixel_area
 
 from scenefit.arrays.box import Box
 from scenefit.arrays.fourier import coarse_fast_length
+from scenefit.arrays.stamps import rounded_up
 from scenefit.sky import units
 from scenefit.sky.psf import GaussianPSF
 
@@ -26,9 +27,10 @@ MODEL_PSF_MARGIN = 0.9
 DISTORTED_PROJECTIONS = ("TPV", "TPD", "TPU", "TNX", "ZPX", "ZPN")
 """Projection codes of FITS that hold a distortion polynomial, which astropy doesn't count as one."""
 
-MARGIN_WIDTHS, LEAST_MARGIN = 1.5, 4
-"""The light of sources is modelled beyond the frame, too: so many standard deviations of the widest PSF, and so many pixels at
-least, the reach of the model PSF of a point on the edge."""
+MARGIN_WIDTHS, MARGIN_DIGITS, LEAST_MARGIN = 1.25, 2, 4
+"""The light of sources is modelled beyond the frame, too: so many standard deviations of the widest PSF at least, rounded up to
+so many binary digits (frames of one size and similar PSFs share compiled programs), and so many pixels at least, the reach of
+the model PSF of a point on the edge."""
 EDGE_TOLERANCE = 1e-3
 """Model pixels by which an observation may reach over the edge of the frame without getting another row of them."""
 
@@ -59,8 +61,8 @@ class Frame(eqx.Module):
         observed PSF, in model pixels, and the margin. `Frame.from_observations` sets it.
     margin : int, optional
         Pixels around the frame, at most half the padding, in which the light of profiles is modelled, too (`outer_box`), since
-        PSFs bring part of it onto the frame: none unless given. `Frame.from_observations` sets it to 1.5 standard deviations
-        of the widest PSF.
+        PSFs bring part of it onto the frame: none unless given. `Frame.from_observations` sets it to 1.25 standard deviations
+        of the widest PSF or somewhat more.
 
     Raises
     ------
@@ -174,7 +176,7 @@ class Frame(eqx.Module):
         scales = [1.0 if grid is None else pixel_scale_of(obs.wcs) / pixel_scale_of(grid) for obs in observations]
         reach = max(obs.psf.extent * scale for obs, scale in zip(observations, scales, strict=True))
         width = max(obs.psf.effective_sigma.max() * scale for obs, scale in zip(observations, scales, strict=True))
-        margin = max(int(np.ceil(MARGIN_WIDTHS * width)), LEAST_MARGIN)
+        margin = rounded_up(max(int(np.ceil(MARGIN_WIDTHS * width)), LEAST_MARGIN), MARGIN_DIGITS)
         padding = int(np.ceil(reach)) + margin
         wcs = None
         if grid is not None:
