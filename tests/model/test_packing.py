@@ -161,6 +161,21 @@ def test_this_machine_has_memory():
     assert 2**28 < memory_size() < 2**50
 
 
+def test_light_in_the_margin(eps):
+    """Of sources up to the edges, on the frame and around it; images of pixels end with the frame."""
+    margin, components = 5, many_sources(24)
+    scene = Scene(make_frame(margin=margin), components)
+    moved = [component.replace(center=np.asarray(component.center) + margin) for component in components]
+    expected = brute_force(moved, (SHAPE[0] + 2 * margin, SHAPE[1] + 2 * margin))
+    outer = scene.evaluate(outer=True)
+    # As for many sources.
+    for plane, wanted in zip(outer, expected, strict=True):
+        np.testing.assert_allclose(plane, wanted, atol=(2e-5 + 50 * eps) * wanted.max())
+    inner = (slice(None), *scene.frame.inner_box.slices)
+    assert expected.sum() - expected[inner].sum() > 0.005 * expected.sum()
+    np.testing.assert_array_equal(scene.evaluate(), outer[inner])
+
+
 def test_a_composite_is_the_sum_of_its_parts(eps):
     parts = {"bulge": many_sources(1)[0], "rest": CompositeSource({"disk": many_sources(2)[1]})}
     image = Scene(make_frame(), {"galaxy": CompositeSource(parts)}).evaluate()
@@ -236,7 +251,7 @@ def test_merging_makes_few_stacks_on_a_large_frame():
 @pytest.mark.parametrize(
     "source",
     [
-        Source((-40, 10), [1.0, 1, 1], PointMorphology()),
+        Source((-30, 10), [1.0, 1, 1], PointMorphology()),
         Source((2, 10), [1.0, 1, 1], PixelMorphology(np.ones((9, 9)))),
         Source((20, 20), [1.0, 1, 1], PixelMorphology(np.ones((49, 9)))),
     ],
@@ -267,7 +282,7 @@ def test_more_sources_of_one_padded_shape_compile_nothing():
     for number in (5, 6):
         for _ in range(2):
             sources = [
-                Source(RNG.uniform(14, 32, 2), RNG.uniform(1, 9, 3), GaussianMorphology(1.5)) for _ in range(number)
+                Source(RNG.uniform(10, 35, 2), RNG.uniform(1, 9, 3), GaussianMorphology(1.5)) for _ in range(number)
             ]
             stacks, _ = pack(frame, list(Scene(frame, sources).components()))
             image = compiled(stacks, PSF_SIGMA, (3, *frame.fft_shape))[(slice(None), *frame.inner_box.slices)]

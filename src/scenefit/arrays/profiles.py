@@ -203,7 +203,7 @@ def _sum_of_gaussians(y, x, heights, a, b, c):
     """Return `sum_g heights[g] exp(-(a[g] y^2 + 2 b[g] y x + c[g] x^2))` on the grid y x x."""
     y_square, product, x_square = _squares(y, x)
     rings = jnp.stack([heights, a, b, c])
-    # Some at a time: a loop over single ones runs slower, and all at once take three times as long to compile.
+    # Some at a time: a loop over single ones runs slower, and all at once take longer to compile.
     rings = jnp.pad(rings, ((0, 0), (0, -len(heights) % RINGS_AT_A_TIME)))
     blocks = rings.reshape(4, -1, RINGS_AT_A_TIME).transpose(1, 2, 0)
 

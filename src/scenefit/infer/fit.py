@@ -96,9 +96,10 @@ class FitResult(eqx.Module):
 
     def __repr__(self) -> str:
         shown = ", ".join(obs.name for obs in self.observations)
+        seconds = f" and {self.timing['fit']:.1f} s" if "fit" in self.timing else ""
         return (
-            f"FitResult: {self.status.value} after {self.num_steps} steps and {self.timing.get('fit', 0.0):.1f} s; "
-            f"loss {self.loss:.6g}; {len(self.scene.sources)} sources in {shown}"
+            f"FitResult: {self.status.value} after {self.num_steps} steps{seconds}; loss {self.loss:.6g}; "
+            f"{len(self.scene.sources)} sources in {shown}"
         )
 
 
@@ -279,9 +280,8 @@ class _Run:
             else:
                 # Analytic stamps follow from the shape, which has changed since they were packed.
                 # On the frame: little depends on what lies beyond, and new stamps are compiled anew.
-                inner = scene.frame.box
-                now = max(component_box(component, scene.frame).intersection(inner).shape)
-                room = max(member.box.intersection(inner).shape)
+                now = max(component_box(component, scene.frame).intersection(scene.frame.box).shape)
+                room = max(member.box.intersection(scene.frame.box).shape)
                 larger = component if now > ANALYTIC_GROWTH * room else None
                 if now > NEARLY_FULL * room:
                     full.add(path)

@@ -255,12 +255,10 @@ def _crops(problem: Problem, layout: Layout, boxes: Sequence[Box], earlier: Sequ
             origins.append(None)
             sizes.append(None)
             continue
-        first = np.array(stack.origin)
+        first, margin = np.array(stack.origin), int(stack.margin)
         for row, box in rows:
             last = first[row] + np.array(limit) - size
-            middle = [o + (n - s) // 2 for o, n, s in zip(box.origin, box.shape, size, strict=True)] + np.array(
-                stack.margin
-            )
+            middle = [margin + o + (n - s) // 2 for o, n, s in zip(box.origin, box.shape, size, strict=True)]
             first[row] = np.clip(middle, first[row], last)
         origins.append(as_integers(first))
         sizes.append(size)

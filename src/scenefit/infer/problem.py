@@ -274,7 +274,7 @@ class Problem(eqx.Module):
     def elements(self, vector: Float[Array, " n"]) -> Float[Array, " e"]:
         """Return the parameter values from the coordinates."""
         values = coordinate = vector[self.index]
-        # All at once: operations on every leaf by itself would make up a quarter of what is compiled.
+        # All at once: operations on every leaf by itself would be much of what is compiled.
         is_ranged, is_disk, other = self.maps()
         if is_ranged.any():
             values = jnp.where(is_ranged, smooth_range(coordinate, self.low, self.high), values)

@@ -149,7 +149,7 @@ class Sky(eqx.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of the frame."""
-        return self.information[0].shape[-2:]
+        return self.inner.shape
 
     def brightness(self, flux: np.ndarray) -> tuple[float, float]:
         """Return the flux of a source, in units of the deepest channel, as the sharpest group shows it, and as all do."""
