@@ -39,6 +39,12 @@ COMPACT_RINGS = (0.9, 1.2)
 aliases; wider ones than the second are sampled. In between, both count."""
 RINGS_AT_A_TIME = 4
 """Rings whose images are added in one pass over the pixels."""
+ROWS_AT_A_TIME = 64
+"""Rows of an image whose derivatives are computed at a time, at most: all rings on them fit into a processor's cache."""
+COMPACT_WINDOW = 128
+"""Pixels a side on which narrow rings are evaluated, around their centre: enough for a model PSF of `WIDEST_PSF`."""
+WIDEST_PSF = 10.0
+"""Standard deviation of the model PSF at most, in pixels."""
 _TABLE_RANGE, _NUM_INDICES = (0.36, 9.0), 81
 _STEPS, _LOWEST, _HIGHEST = 10, -16.0, 8.0
 
@@ -176,13 +182,26 @@ def evaluate_rings(
     # Where the widths are known beforehand, only those that take part are evaluated.
     narrow, wide = (np.nonzero(part)[0] if arrays is np else np.arange(len(sigmas)) for part in (share > 0, share < 1))
     image = jnp.zeros((len(y), len(x)), weights.dtype)
-    if len(narrow):
-        image += _compact_rings(y, x, sigmas[narrow], (weights * share)[narrow], moments, psf_sigma)
     if len(wide):
         # A ring of no flux may have no width.
         sizes = arrays.maximum(sigmas[wide], 0.5 * COMPACT_RINGS[0])
         image += _wide_rings(y, x, sizes, (weights * (1 - share))[wide], moments, psf_sigma)
+    if len(narrow):
+        (first_row, y), (first_column, x) = _window(y), _window(x)
+        window = _compact_rings(y, x, sigmas[narrow], (weights * share)[narrow], moments, psf_sigma)
+        if window.shape == image.shape:
+            return image + window
+        start = first_row, first_column
+        image = lax.dynamic_update_slice(image, lax.dynamic_slice(image, start, window.shape) + window, start)
     return image
+
+
+def _window(at):
+    """Return the first of at most `COMPACT_WINDOW` pixels around the centre, and their coordinates relative to it."""
+    at = jnp.asarray(at)
+    size = min(len(at), COMPACT_WINDOW)
+    first = jnp.clip(jnp.argmin(jnp.abs(at)) - size // 2, 0, len(at) - size)
+    return first, lax.dynamic_slice_in_dim(at, first, size)
 
 
 def _wide_rings(y, x, sigmas, weights, moments, psf_sigma):
@@ -227,27 +246,38 @@ def _squares(y, x):
 
 
 def _gaussians_along(constants, tangents):
-    """Return the derivative of `_sum_of_gaussians` along tangents, which may have a leading axis."""
+    """Return the derivative of `_sum_of_gaussians` along tangents, which may have a leading axis.
+
+    The derivative is a sum of Gaussians times 1, y^2, y x and x^2: a product of matrices, for some rows of the image at a time.
+    """
     y, x, heights, a, b, c = constants
-    y_dot, x_dot, *of_rings = tangents
+    y_dot, x_dot, height_dot, a_dot, b_dot, c_dot = tangents
     leading = y_dot.shape[:-1]
-    y_square, product, x_square = _squares(y, x)
-    basis = jnp.stack([jnp.ones_like(product), y_square + 0 * product, 2 * product, x_square + 0 * product])
+    along_form = jnp.stack([height_dot, -heights * a_dot, -2 * heights * b_dot, -heights * c_dot], axis=-2)
+    factors = jnp.concatenate([along_form.reshape(-1, len(heights)), -2 * heights * jnp.stack([a, b, c])])
 
-    def add(images, ring):
-        height, a, b, c, dots = ring
-        gaussian = jnp.exp(-(a * y_square + 2 * b * product + c * x_square))
-        factors = jnp.concatenate([dots[:1], -height * dots[1:]])
-        moved, along_y, along_x = images
-        moved = moved + jnp.einsum("k...,kyx->...yx", factors, basis * gaussian)
-        slope = -2 * height * gaussian
-        return (moved, along_y + slope * (a * y[:, None] + b * x), along_x + slope * (b * y[:, None] + c * x)), None
+    def block(part):
+        y, y_dot = part
+        y_square, product, x_square = _squares(y, x)
+        forms = (each[:, None, None] for each in (a, b, c))
+        gaussians = jnp.exp(-sum(form * at for form, at in zip(forms, (y_square, 2 * product, x_square), strict=True)))
+        sums = jnp.einsum("fg,gyx->fyx", factors, gaussians)
+        of_height, of_a, of_b, of_c = jnp.moveaxis(sums[:-3].reshape(*leading, 4, *product.shape), -3, 0)
+        moved = of_height + y_square * of_a + product * of_b + x_square * of_c
+        along_y, along_x = sums[-3] * y[:, None] + sums[-2] * x, sums[-2] * y[:, None] + sums[-1] * x
+        return moved + along_y * y_dot[..., :, None] + along_x * x_dot[..., None, :]
 
-    blank = jnp.zeros_like(product)
-    dots = jnp.moveaxis(jnp.stack(of_rings), -1, 0)
-    start = jnp.zeros((*leading, *blank.shape), blank.dtype), blank, blank
-    (moved, along_y, along_x), _ = lax.scan(add, start, (heights, a, b, c, dots))
-    return (moved + along_y * y_dot[..., :, None] + along_x * x_dot[..., None, :],)
+    blocks = jnp.moveaxis(lax.map(block, (_row_blocks(y), _row_blocks(y_dot))), 0, len(leading))
+    return (blocks.reshape(*leading, -1, len(x))[..., : len(y), :],)
+
+
+def _row_blocks(values: Float[Array, "*leading h"]) -> Float[Array, "block *leading row"]:
+    """Return values of all rows of an image as those of blocks of rows, which begin with the first; zeros fill up the last."""
+    *leading, height = values.shape
+    count = -(-height // ROWS_AT_A_TIME)
+    size = -(-height // count)
+    padded = jnp.pad(values, [(0, 0)] * len(leading) + [(0, count * size - height)])
+    return jnp.moveaxis(padded.reshape(*leading, count, size), -2, 0)
 
 
 def _gaussians_against(constants, cotangents):
@@ -345,6 +375,8 @@ def _compact_rings(y, x, sigmas, weights, moments, psf_sigma):
     typical = (jnp.sum(light * sigmas**4) / jnp.maximum(jnp.sum(light), 1e-9) + 1e-12) ** 0.25
     widest = jnp.minimum(typical, COMPACT_RINGS[1])
     flat = ringing_radius(jnp.sqrt(psf_sigma**2 + widest**2 * jnp.maximum(yy, xx)))
+    # Of ovals that are as thin as a line the ends count for little.
+    flat = jnp.minimum(flat, 0.5 * COMPACT_WINDOW - 1 - RINGING_FADE)
 
     def waves(at):
         fade = jnp.cos(0.5 * jnp.pi * jnp.clip((jnp.abs(at) - flat) / RINGING_FADE, 0.0, 1.0)) ** 2

@@ -12,7 +12,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import compiled
-from scenefit.arrays.stamps import add_stamps
 from scenefit.infer.problem import Problem, State
 from scenefit.model.packing import Stack
 
@@ -38,8 +37,20 @@ class StampSlopes(eqx.Module):
         self, canvas: Float[Array, "plane y x"], is_member: Bool[Array, " n"], slot: Int[Array, ""]
     ) -> Float[Array, "plane y x"]:
         """Add the stamps in a slot of some members to a canvas; none if there is no such slot."""
-        shown = jnp.broadcast_to((is_member & (slot < len(self.stamps)))[:, None], (len(is_member), len(canvas)))
-        return add_stamps(canvas, shown.astype(canvas.dtype), self.stamps[slot], self.origin)
+
+        def add(member, canvas):
+            stamp = lax.dynamic_index_in_dim(self.stamps[slot], member, keepdims=False)
+            y, x = self.origin[member]
+            start = jnp.zeros_like(y), y, x
+            block = lax.dynamic_slice(canvas, start, (len(canvas), *stamp.shape[1:]))
+            return lax.dynamic_update_slice(canvas, block + stamp, start)
+
+        def add_shown(member, canvas):
+            # Few of many are members: the others take no time.
+            return lax.cond(shown[member], add, lambda _, canvas: canvas, member, canvas)
+
+        shown = is_member & (slot < len(self.stamps))
+        return lax.fori_loop(0, len(shown), add_shown, canvas)
 
 
 def slot_of_elements(problem: Problem) -> tuple[np.ndarray, list[int]]:

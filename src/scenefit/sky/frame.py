@@ -15,6 +15,7 @@ from astropy.wcs.utils import proj_plane_pixel_area
 
 from scenefit.arrays.box import Box
 from scenefit.arrays.fourier import coarse_fast_length
+from scenefit.arrays.profiles import WIDEST_PSF
 from scenefit.arrays.stamps import rounded_up
 from scenefit.sky import units
 from scenefit.sky.psf import GaussianPSF
@@ -68,7 +69,7 @@ class Frame(eqx.Module):
     ------
     ValueError
         If the shape isn't two positive integers, a channel repeats, the WCS isn't celestial, the PSF has more
-        than one channel, the padding is negative, or the margin isn't between 0 and half of it.
+        than one channel or is wider than 10 pixels, the padding is negative, or the margin isn't between 0 and half of it.
     TypeError
         If the PSF isn't a round Gaussian.
     """
@@ -103,6 +104,11 @@ class Frame(eqx.Module):
             )
         if (count := self.psf.num_channels) != 1:
             raise ValueError(f"A Frame wants one model PSF for all channels; got one of {count} channels.")
+        if (sigma := float(self.psf.effective_sigma[0])) > WIDEST_PSF:
+            raise ValueError(
+                f"A Frame wants a model PSF of at most {WIDEST_PSF:g} pixels standard deviation, narrower than those of all "
+                f"images; got {sigma:g}. Make the model's pixels larger."
+            )
         if padding < 0:
             raise ValueError(f"A Frame wants a padding of at least 0 pixels; got {padding}.")
         if not 0 <= margin <= padding / 2:
