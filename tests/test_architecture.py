@@ -49,6 +49,7 @@ ORDER = {
         "quadratic",
         "descent",
         "slopes",
+        "gradient",
         "footprints",
         "information",
         "pointing",

@@ -243,6 +243,14 @@ def test_the_model_psf_is_a_gaussian(psf):
         Frame(SHAPE, channels="g", psf=psf)
 
 
+def test_a_model_psf_much_wider_than_a_pixel_is_refused():
+    assert Frame(SHAPE, channels="g", psf=GaussianPSF(5.0)).psf.effective_sigma == [5.0]
+    with pytest.raises(
+        ValueError, match=r"at most 5 pixels standard deviation.*got 5\.1\. Make the model's pixels larger"
+    ):
+        Frame(SHAPE, channels="g", psf=GaussianPSF(5.1))
+
+
 def test_negative_padding_is_refused():
     with pytest.raises(ValueError, match="padding of at least 0 pixels; got -3"):
         Frame(SHAPE, channels="g", padding=-3)

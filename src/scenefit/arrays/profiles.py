@@ -41,9 +41,9 @@ RINGS_AT_A_TIME = 4
 """Rings whose images are added in one pass over the pixels."""
 ROWS_AT_A_TIME = 64
 """Rows of an image whose derivatives are computed at a time, at most: all rings on them fit into a processor's cache."""
-COMPACT_WINDOW = 128
+COMPACT_WINDOW = 64
 """Pixels a side on which narrow rings are evaluated, around their centre: enough for a model PSF of `WIDEST_PSF`."""
-WIDEST_PSF = 10.0
+WIDEST_PSF = 5.0
 """Standard deviation of the model PSF at most, in pixels."""
 _TABLE_RANGE, _NUM_INDICES = (0.36, 9.0), 81
 _STEPS, _LOWEST, _HIGHEST = 10, -16.0, 8.0
@@ -191,17 +191,21 @@ def evaluate_rings(
         window = _compact_rings(y, x, sigmas[narrow], (weights * share)[narrow], moments, psf_sigma)
         if window.shape == image.shape:
             return image + window
-        start = first_row, first_column
-        image = lax.dynamic_update_slice(image, lax.dynamic_slice(image, start, window.shape) + window, start)
+        image = lax.scatter_add(image, jnp.stack([first_row, first_column]), window, _WINDOW_AT, mode="clip")
     return image
+
+
+_WINDOW_AT = lax.ScatterDimensionNumbers(
+    update_window_dims=(0, 1), inserted_window_dims=(), scatter_dims_to_operand_dims=(0, 1)
+)
 
 
 def _window(at):
     """Return the first of at most `COMPACT_WINDOW` pixels around the centre, and their coordinates relative to it."""
-    at = jnp.asarray(at)
     size = min(len(at), COMPACT_WINDOW)
-    first = jnp.clip(jnp.argmin(jnp.abs(at)) - size // 2, 0, len(at) - size)
-    return first, lax.dynamic_slice_in_dim(at, first, size)
+    middle = jnp.round(-lax.stop_gradient(at[0])).astype(jnp.int32)
+    first = jnp.clip(middle - size // 2, 0, len(at) - size)
+    return first, at[0] + (first + jnp.arange(size))
 
 
 def _wide_rings(y, x, sigmas, weights, moments, psf_sigma):

@@ -40,7 +40,6 @@ def dense_footprints(
     observations: Sequence[Observation],
     *,
     quick: bool = False,
-    like: Footprints | None = None,
 ) -> Footprints | None:
     """Return the footprints of the free coordinates; None if they are too many for a matrix, or there are free images.
 
@@ -49,9 +48,11 @@ def dense_footprints(
     index, free = np.unique(np.asarray(problem.index)), np.asarray(problem.free.vector)
     if not 0 < free[index].sum() <= MAX_COORDINATES or any(np.any(image) for image in problem.free.images):
         return None
-    where = footprints(problem, layout, scene, observations, quick=quick, like=like)
-    size = where.room * where.places.shape[1] * sum(image.data.size for image in problem.images)
-    return where if size <= MAX_SIZE else None
+    where = footprints(problem, layout, scene, observations, quick=quick)
+    num_slots = where.places.shape[1]
+    size = where.room * num_slots * sum(image.data.size for image in problem.images)
+    of_stamps = num_slots * sum(stack.mask.size * (problem.canvas[0] if stack.bases else 1) for stack in problem.stacks)
+    return where if max(size, of_stamps) <= MAX_SIZE else None
 
 
 def is_mapped(problem: Problem) -> np.ndarray:
@@ -62,24 +63,39 @@ def is_mapped(problem: Problem) -> np.ndarray:
     return mapped
 
 
-def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -> Float[Array, "m m"]:
-    """Return the Hessian of `Problem.potential` for the coordinates `index`, as far as it is positive."""
-    own = jnp.diag(spread_curvature(problem, state)[index])
-    if not problem.priors:
-        return own
-    part = -jax.jacfwd(jax.grad(problem.log_prior))(state.vector)[index][:, index]
-    values, vectors = jnp.linalg.eigh(0.5 * (part + part.T))
-    return own + (vectors * jnp.maximum(values, 0.0)) @ vectors.T
+def potential_terms(problem: Problem, state: State, index: Int[Array, " m"]):
+    """Return `Problem.potential`, its gradient along the vector, and its Hessian along `index` as far as that is positive.
+
+    Of what the noise's parameters add to the loss, the curvature is the part that makes up the Fisher information.
+    """
+    vector = state.vector
+    value, slope = jnp.zeros((), vector.dtype), jnp.zeros_like(vector)
+    curvature = jnp.diag(spread_curvature(problem, state)[index])
+    if problem.priors:
+
+        def terms(at):
+            minus, gradient = jax.value_and_grad(lambda at: -problem.log_prior(at))(at)
+            return gradient, (minus, gradient)
+
+        bend, (value, slope) = jax.jacfwd(terms, has_aux=True)(vector)
+        bend = bend[index][:, index]
+        values, vectors = jnp.linalg.eigh(0.5 * (bend + bend.T))
+        curvature += (vectors * jnp.maximum(values, 0.0)) @ vectors.T
+    if problem.has_spread:
+        spread, along = jax.value_and_grad(lambda at: problem.spread(State(at, state.images)))(vector)
+        value, slope = value + spread, slope + along
+    return value, slope, curvature
 
 
 def hessian(problem: Problem, state: State, where: Footprints, kind: str = "score") -> Float[Array, "m m"]:
     """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`; see `information` for `kind`."""
-    return information(problem, state, where, kind) + potential_hessian(problem, state, where.index)
+    return information(problem, state, where, kind) + potential_terms(problem, state, where.index)[2]
 
 
 def dense_descent(
     problem: Problem,
     state: State,
+    expected: Float[Array, "m m"],
     gradient: Float[Array, " n"],
     damping: Float[Array, ""],
     where: Footprints,
@@ -91,6 +107,8 @@ def dense_descent(
     ----------
     problem : Problem
     state : State
+    expected : array
+        `hessian` at the state.
     gradient : array
         Of the loss along the vector.
     damping : float
@@ -101,7 +119,6 @@ def dense_descent(
         `stretched` from the last step.
     """
     index = where.index
-    expected = hessian(problem, state, where)
     same = where.group[:, None] == where.group
     matrix = jnp.where(same, expected * stretch[index], expected)
     counts = problem.free.vector[index]

@@ -198,9 +198,7 @@ class _Run:
         built = posterior.build(self.scene, self.observations, self.parameters, roomy=self.roomy)
         self.problem, state, self.layout = built
         if self.method != "iterative":
-            self.footprints = dense_footprints(
-                self.problem, self.layout, self.scene, self.observations, quick=True, like=self.footprints
-            )
+            self.footprints = dense_footprints(self.problem, self.layout, self.scene, self.observations, quick=True)
         if self.method == "dense" and self.footprints is None:
             raise ValueError(
                 f"method='dense' wants 1 to {MAX_COORDINATES} free numbers and no free image; use 'auto', or fix some."

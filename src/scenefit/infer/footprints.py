@@ -28,14 +28,10 @@ CORE_LIGHT, CORE_ROOM, CORE_WINGS = 0.2, 1.6, 4.0
 many standard deviations. Nearly all of the curvature of the loss comes from there."""
 CORE_SPREAD = 3
 """Pixels around it that whitening may reach."""
-
-
-LEAST_CORE, CORE_MARGIN = 32, 1.25
-"""Pixels of a side of cores at least, and the room they have to grow during a fit without being compiled anew."""
 TILE = 64
 """Rows and columns of the tiles that overlaps are cut into."""
-BLOCK = 8
-"""Slots whose products are computed at a time, where components have more than twice as many."""
+BLOCK = 7
+"""Slots whose products are computed at a time, at most: those of a Sersic profile, which most components are."""
 
 
 class Pairs(eqx.Module):
@@ -88,10 +84,8 @@ class Footprints(eqx.Module):
     num_visits : int
     room : int
         So many colors as there are, or more: few distinct numbers.
-    cores : tuple of (array of int, shape (n, 2)) or None
-        For each stack, the first pixel of the part of each stamp that is differentiated; None for all of it.
-    core_sizes : tuple of ((int, int) or None)
-        Its shape.
+    cores : array of int, shape (member, 4)
+        First and last+1 row, first and last+1 column of the part of each stamp that is differentiated, on the canvas.
     pairs : tuple of Pairs
         For each observation.
     is_quick : bool
@@ -107,8 +101,7 @@ class Footprints(eqx.Module):
     visits: Int[Array, " v"]
     num_visits: Int[Array, ""]
     room: int = eqx.field(static=True)
-    cores: tuple[Int[Array, "_ 2"] | None, ...]
-    core_sizes: tuple[tuple[int, int] | None, ...] = eqx.field(static=True)
+    cores: Int[Array, "member 4"]
     pairs: tuple[Pairs, ...]
     is_quick: bool = eqx.field(static=True)
 
@@ -123,7 +116,6 @@ def footprints(
     observations: Sequence[Observation],
     *,
     quick: bool = False,
-    like: Footprints | None = None,
 ) -> Footprints:
     """Return the footprints of the free coordinates.
 
@@ -138,25 +130,24 @@ def footprints(
     quick : bool
         Whether to leave the faint outskirts of profiles and PSFs out, which add hardly anything to the curvature of the loss;
         see also `Footprints.is_quick`.
-    like : Footprints, optional
-        Those of an earlier packing of the same components; cores aren't made smaller than there.
     """
-    earlier = None if like is None or len(like.core_sizes) != len(problem.stacks) else like.core_sizes
     index = np.unique(np.asarray(problem.index))
     index = index[np.asarray(problem.free.vector)[index]]
     starts = np.concatenate([[0], np.cumsum([len(stack.origin) for stack in problem.stacks])]).astype(int)
     numbers = np.array([starts[member.stack] + member.row for member in layout.members], int)
     boxes = [member.box for member in layout.members]
-    origins, sizes = [None] * len(problem.stacks), [None] * len(problem.stacks)
     if quick:
         pairs = zip(layout.members, scene.components(), strict=True)
         boxes = [
             component_box(component, scene.frame, CORE_ROOM, CORE_LIGHT).intersection(member.box)
             for member, (_, component) in pairs
         ]
-        origins, sizes = _crops(problem, layout, boxes, earlier)
     covered = [covered_pixels(boxes, scene.frame, obs, quick=quick) for obs in observations]
-    color = np.zeros(starts[-1], int)
+    cores, color = np.zeros((starts[-1], 4), int), np.zeros(starts[-1], int)
+    # All light that is on a footprint by itself, not just what a PSF brings there.
+    reach = max((_margin(scene.frame, obs, quick) / _scale(scene.frame, obs) for obs in observations), default=0.0)
+    ends = np.array([(*box.origin, *box.stop) for box in boxes]).reshape(-1, 4)[:, [0, 2, 1, 3]] + scene.frame.margin
+    cores[numbers] = ends + int(np.ceil(reach)) * np.array([-1, 1, -1, 1])
     color[numbers] = disjoint_colors(np.concatenate(covered, axis=1)) if boxes else 0
     num_colors = int(color.max(initial=0)) + 1
     element_places = _element_places(problem, index)
@@ -175,8 +166,7 @@ def footprints(
         visits=as_integers(np.pad(visits, (0, _room(len(visits)) - len(visits)))),
         num_visits=as_integers(len(visits)),
         room=_room(num_colors),
-        cores=tuple(origins),
-        core_sizes=tuple(sizes),
+        cores=as_integers(cores),
         pairs=tuple(
             _pairs(numbers, part, is_used, image.data.shape[1:])
             for part, image in zip(covered, problem.images, strict=True)
@@ -198,7 +188,7 @@ def _room(count: int) -> int:
 
 def block_size(num_slots: int) -> int:
     """Return how many slots make a block."""
-    return num_slots if num_slots <= 2 * BLOCK else BLOCK
+    return min(num_slots, BLOCK)
 
 
 def own_leaves(problem: Problem, number: int) -> list[Leaf]:
@@ -237,49 +227,29 @@ def _places(problem: Problem, place_of: np.ndarray, none: int, starts: np.ndarra
     return places, own
 
 
-def _crops(problem: Problem, layout: Layout, boxes: Sequence[Box], earlier: Sequence | None):
-    """Return, for each stack, where the cores begin on the canvas and their common size, or None where they are all of it.
-
-    Sizes are those of the stamps halved a number of times, and not below `earlier` ones: few distinct shapes.
-    """
-    origins, sizes = [], []
-    for number, stack in enumerate(problem.stacks):
-        limit = stack.mask.shape[1:]
-        rows = [(m.row, box) for m, box in zip(layout.members, boxes, strict=True) if m.stack == number]
-        needed = max(LEAST_CORE, CORE_MARGIN * max(max(box.shape) for _, box in rows))
-        halvings = int(np.log2(max(max(limit) / needed, 1.0)))
-        size = tuple(min(-(-max(limit) // 2**halvings), most) for most in limit)
-        if earlier is not None:
-            size = tuple(np.minimum(np.maximum(size, earlier[number] or limit), limit).tolist())
-        if size == limit:
-            origins.append(None)
-            sizes.append(None)
-            continue
-        first, margin = np.array(stack.origin), int(stack.margin)
-        for row, box in rows:
-            last = first[row] + np.array(limit) - size
-            middle = [margin + o + (n - s) // 2 for o, n, s in zip(box.origin, box.shape, size, strict=True)]
-            first[row] = np.clip(middle, first[row], last)
-        origins.append(as_integers(first))
-        sizes.append(size)
-    return origins, sizes
-
-
 def covered_pixels(boxes: Sequence[Box], frame: Frame, obs: Observation, *, quick: bool = False) -> np.ndarray:
     """Return (y0, y1, x0, x1) of what boxes of the frame cover in an observation's window, PSF included, shape (box, 4)."""
-    window = obs.matched_renderer.window
-    scale = 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
-    reach = min(obs.psf.extent, CORE_WINGS * obs.psf.effective_sigma.max()) if quick else obs.psf.extent
+    window, margin = obs.matched_renderer.window, _margin(frame, obs, quick)
     ends = np.array([(*box.origin, *box.stop) for box in boxes], float).reshape(-1, 4)
     places = np.stack([ends[:, [0, 0, 2, 2]], ends[:, [1, 3, 1, 3]]], axis=-1)
     corners = pixel_map(frame.wcs, obs.wcs, *np.moveaxis(obs.apparent_positions(places, frame), -1, 0))
-    # Whitening spreads what is correlated.
-    spread = min(obs.noise.reach, CORE_SPREAD) if quick else obs.noise.reach
-    margin = reach + 2 + 2 * scale + spread
     low = np.floor(corners.min(axis=1) - margin).astype(int) - window.origin
     high = np.ceil(corners.max(axis=1) + margin).astype(int) + 1 - window.origin
     low, high = np.clip(low, 0, window.shape), np.clip(high, 0, window.shape)
     return np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], axis=-1)
+
+
+def _scale(frame: Frame, obs: Observation) -> float:
+    """Return the width of a pixel of the frame in pixels of an observation."""
+    return 1.0 if frame.wcs is None else pixel_scale_of(frame.wcs) / pixel_scale_of(obs.wcs)
+
+
+def _margin(frame: Frame, obs: Observation, quick: bool) -> float:
+    """Return how far, in pixels of an observation, light spreads beyond a box of the frame."""
+    reach = min(obs.psf.extent, CORE_WINGS * obs.psf.effective_sigma.max()) if quick else obs.psf.extent
+    # Whitening spreads what is correlated.
+    spread = min(obs.noise.reach, CORE_SPREAD) if quick else obs.noise.reach
+    return reach + 2 + 2 * _scale(frame, obs) + spread
 
 
 def _intersections(covered: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,16 @@ from jaxtyping import Array, Complex, Float
 from scenefit.arrays import fourier
 from scenefit.infer.footprints import Footprints, Pairs, block_size, own_leaves
 from scenefit.infer.problem import Image, Problem, State
-from scenefit.infer.slopes import padded_gains, slopes_of_stamps, untied
-from scenefit.model.packing import transform_stacks
+from scenefit.infer.slopes import StampSlopes, model_canvas, padded_gains, slopes_of_stamps, untied
 
 
-def information(problem: Problem, state: State, where: Footprints, kind: str = "score") -> Float[Array, "m m"]:
+def information(
+    problem: Problem,
+    state: State,
+    where: Footprints,
+    kind: str = "score",
+    slopes: Sequence[StampSlopes] | None = None,
+) -> Float[Array, "m m"]:
     """Return J^T J of the residuals along the free coordinates.
 
     Parameters
@@ -28,6 +33,8 @@ def information(problem: Problem, state: State, where: Footprints, kind: str = "
         Of the problem.
     kind : "score" or "fisher"
         Which residuals: see `Problem.residuals`.
+    slopes : list of StampSlopes, optional
+        Those at the state, if they are known already.
 
     Returns
     -------
@@ -39,8 +46,9 @@ def information(problem: Problem, state: State, where: Footprints, kind: str = "
     problem, state = untied(problem, state)
     size = len(where)
     total = jnp.zeros((size + 1, size + 1), state.vector.dtype)
-    spectrum = transform_stacks(problem.fill(state)[0], problem.psf_sigma, problem.canvas)
-    local, gains = _component_images(problem, state, where, kind, spectrum)
+    slopes = slopes_of_stamps(problem, state) if slopes is None else slopes
+    spectrum = fourier.transform(model_canvas(problem, state, slopes))
+    local, gains = _component_images(problem, state, where, kind, spectrum, slopes)
     for number, (images, pairs) in enumerate(zip(local, where.pairs, strict=True)):
         channels = np.array(problem.images[number].renderer.channels)
         own = _own_images(problem, state, where, number, kind, spectrum)
@@ -56,7 +64,7 @@ def information(problem: Problem, state: State, where: Footprints, kind: str = "
     return total[:size, :size]
 
 
-def _component_images(problem: Problem, state: State, where: Footprints, kind: str, spectrum):
+def _component_images(problem: Problem, state: State, where: Footprints, kind: str, spectrum, slopes):
     """Return the derivatives of the residuals along the slots of all components of a color together.
 
     Returns
@@ -66,7 +74,6 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
     array, shape (member, slot, channel)
         What their images have to be multiplied with.
     """
-    slopes = slopes_of_stamps(problem, state, where.cores, where.core_sizes)
     images = problem.fill(state)[1]
     render = [_along_spectrum(image.quick() if where.is_quick else image, kind, spectrum) for image in images]
     num_slots = where.places.shape[1]
@@ -78,7 +85,8 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
         color, slot = number // num_slots, number % num_slots
         canvas = jnp.zeros((planes, *problem.canvas[1:]), state.vector.dtype)
         for each, end in zip(slopes, ends, strict=True):
-            canvas = each.add_to(canvas, where.color[end - len(each.origin) : end] == color, slot)
+            members = slice(end - len(each.origin), end)
+            canvas = each.add_to(canvas, where.color[members] == color, slot, where.cores[members])
         modes = jnp.broadcast_to(fourier.transform(canvas), spectrum.shape)
         return [function(modes) for function in render]
 

@@ -20,13 +20,12 @@ from jaxtyping import Array, Float, Int
 from scenefit.arrays import fourier
 from scenefit.arrays.compilation import as_floats, as_integers, compiled
 from scenefit.arrays.progress import with_progress
-from scenefit.arrays.stamps import add_stamps
 from scenefit.data.observation import Observation
 from scenefit.infer.footprints import Footprints, covered_pixels, footprints, own_leaves
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import AMPLITUDES, Problem, State
 from scenefit.infer.quadratic import spread_curvature
-from scenefit.infer.slopes import StampSlopes, padded_gains, stamp_slopes, untied
+from scenefit.infer.slopes import StampSlopes, model_canvas, padded_gains, stamp_slopes, untied
 from scenefit.model.scene import Scene
 
 NEGLIGIBLE = 1e-5
@@ -184,7 +183,7 @@ def _images_of_color(
     list of arrays, shape (slot, channel, y, x)
     """
     stacks, images = problem.fill(state)
-    spectrum = _transform(problem, stacks, slopes)
+    spectrum = fourier.transform(model_canvas(problem, state, slopes))
     render = [jax.linearize(lambda modes, i=image: i.residual(modes, "fisher"), spectrum)[1] for image in images]
     ends = np.cumsum([len(stack.origin) for stack in stacks])
     # All channels show the same, unless shapes differ between them.
@@ -198,14 +197,6 @@ def _images_of_color(
         return [function(modes) for function in render]
 
     return lax.map(one, slots)
-
-
-def _transform(problem: Problem, stacks, slopes):
-    """Return the Fourier transform of the model image."""
-    canvas = jnp.zeros(problem.canvas, jnp.result_type(float))
-    for stack, each in zip(stacks, slopes, strict=True):
-        canvas = add_stamps(canvas, stack.spectra, each.stamps[0], stack.origin)
-    return fourier.transform(canvas)
 
 
 def _own_slots(problem: Problem, number: int, where: Footprints) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +239,7 @@ def _add_own_parts(problem: Problem, state: State, slopes, where: Footprints, pa
 def _own_images(problem: Problem, state: State, slopes, basis: Float[Array, "slot e"]):
     """Return the derivatives of all residuals along elements of the observations."""
     problem, state = untied(problem, state)
-    spectrum = _transform(problem, problem.fill(state)[0], slopes)
+    spectrum = fourier.transform(model_canvas(problem, state, slopes))
 
     def residuals(vector):
         images = problem.fill(State(vector, state.images))[1]

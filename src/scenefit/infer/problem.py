@@ -7,7 +7,7 @@ in unconstrained coordinates; fluxes, backgrounds and pixels keep their own valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -295,13 +295,18 @@ class Problem(eqx.Module):
 
     def fill(self, state: State) -> tuple[list[Stack], list[Image]]:
         """Return stacks and images with the values of a state."""
-        elements = self.elements(state.vector)
+        return self.with_elements(self.elements(state.vector), state.images)
+
+    def with_elements(
+        self, elements: Float[Array, " e"], free_images: Sequence[Array]
+    ) -> tuple[list[Stack], list[Image]]:
+        """Return stacks and images with values of the parameters, and of free images."""
         stacks, images = list(self.stacks), list(self.images)
         for leaf in self.leaves:
             value = elements[leaf.start : leaf.stop].reshape(leaf.shape)
             group = stacks if leaf.kind == "stack" else images
             group[leaf.number] = eqx.tree_at(_getter(leaf.name), group[leaf.number], value)
-        remaining = iter(state.images)
+        remaining = iter(free_images)
         for number, stack in enumerate(stacks):
             if isinstance(stack.morphology, AbstractImageMorphology):
                 stacks[number] = eqx.tree_at(lambda s: s.morphology.values, stack, unit_sum(next(remaining)))
@@ -333,10 +338,12 @@ class Problem(eqx.Module):
         stacks, images = self.fill(state)
         spectrum = transform_stacks(stacks, self.psf_sigma, self.canvas)
         data = tuple(image.residual(spectrum, kind) for image in images)
-        values = [stack.morphology.values for stack in stacks if isinstance(stack.morphology, AbstractImageMorphology)]
-        priors = zip(values, self.image_priors, strict=True)
-        others = tuple(jnp.sqrt(weight) * (image - mean) for image, (mean, weight) in priors)
-        return data, others + self.scales(state.vector)
+        return data, self.image_residuals(state) + self.scales(state.vector)
+
+    def image_residuals(self, state: State) -> tuple[Float[Array, "..."], ...]:
+        """Return values of images minus the means of their priors, in standard deviations, one array a stack of images."""
+        priors = zip(state.images, self.image_priors, strict=True)
+        return tuple(jnp.sqrt(weight) * (unit_sum(image) - mean) for image, (mean, weight) in priors)
 
     @property
     def is_gaussian(self) -> bool:
@@ -358,13 +365,22 @@ class Problem(eqx.Module):
         return sum((priors.log_prob(elements) for priors in self.priors), jnp.zeros(()))
 
     @property
+    def has_spread(self) -> bool:
+        """Whether parameters of the noise add to the loss."""
+        return any(leaf.name.startswith("noise.") for leaf in self.leaves)
+
+    @property
     def has_potential(self) -> bool:
         """Whether the loss has parts that aren't squares."""
-        return bool(self.priors) or any(leaf.name.startswith("noise.") for leaf in self.leaves)
+        return bool(self.priors) or self.has_spread
 
     def potential(self, state: State) -> Float[Array, ""]:
         """Return the part of the loss that isn't a square: minus the log-prior, and what the noise's parameters add."""
-        return sum((jnp.sum(spread) for spread in self.spreads(state)), -self.log_prior(state.vector))
+        return self.spread(state) - self.log_prior(state.vector)
+
+    def spread(self, state: State) -> Float[Array, ""]:
+        """Return the sum of `spreads`."""
+        return sum((jnp.sum(spread) for spread in self.spreads(state)), jnp.zeros(()))
 
     def spreads(self, state: State) -> list[Float[Array, "_ _ _"]]:
         """Return what the parameters of the noise add to the loss of every pixel, for observations whose noise has any."""

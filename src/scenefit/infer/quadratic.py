@@ -150,7 +150,7 @@ def prior_terms(problem: Problem, state: State):
 def spread_curvature(problem: Problem, state: State) -> Float[Array, " n"]:
     """Return the diagonal of J^T J of `Problem.spreads`, in which no pixel depends on more than one coordinate."""
     vector = state.vector
-    if not any(leaf.name.startswith("noise.") for leaf in problem.leaves):
+    if not problem.has_spread:
         return jnp.zeros_like(vector)
     _, forward = jax.linearize(lambda at: problem.spreads(State(at, state.images)), vector)
     return jax.linear_transpose(forward, vector)(forward(jnp.ones_like(vector)))[0]

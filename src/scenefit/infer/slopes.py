@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import compiled
+from scenefit.arrays.stamps import add_stamps
 from scenefit.infer.problem import Problem, State
-from scenefit.model.packing import Stack
 
 
 class StampSlopes(eqx.Module):
@@ -34,13 +34,22 @@ class StampSlopes(eqx.Module):
     gains: Float[Array, "slot n channel"]
 
     def add_to(
-        self, canvas: Float[Array, "plane y x"], is_member: Bool[Array, " n"], slot: Int[Array, ""]
+        self,
+        canvas: Float[Array, "plane y x"],
+        is_member: Bool[Array, " n"],
+        slot: Int[Array, ""],
+        cores: Int[Array, "n 4"] | None = None,
     ) -> Float[Array, "plane y x"]:
-        """Add the stamps in a slot of some members to a canvas; none if there is no such slot."""
+        """Add the stamps in a slot of some members to a canvas, or their cores alone; none if there is no such slot."""
 
         def add(member, canvas):
             stamp = lax.dynamic_index_in_dim(self.stamps[slot], member, keepdims=False)
             y, x = self.origin[member]
+            if cores is not None:
+                (first_row, last_row, first_column, last_column) = cores[member]
+                rows, columns = (at + jnp.arange(count) for at, count in zip((y, x), stamp.shape[1:], strict=True))
+                inside = ((rows >= first_row) & (rows < last_row))[:, None] & (columns >= first_column)
+                stamp = jnp.where(inside & (columns < last_column), stamp, 0.0)
             start = jnp.zeros_like(y), y, x
             block = lax.dynamic_slice(canvas, start, (len(canvas), *stamp.shape[1:]))
             return lax.dynamic_update_slice(canvas, block + stamp, start)
@@ -74,45 +83,46 @@ def untied(problem: Problem, state: State) -> tuple[Problem, State]:
     return eqx.tree_at(lambda p: p.index, problem, numbers), State(state.vector[problem.index], state.images)
 
 
-def slopes_of_stamps(
-    problem: Problem, state: State, cores: Sequence | None = None, core_sizes: Sequence | None = None
-) -> list[StampSlopes]:
-    """Return the derivatives of all stamps, or of their cores, one element of each component at a time, for every stack.
+def slopes_of_stamps(problem: Problem, state: State) -> list[StampSlopes]:
+    """Return the derivatives of all stamps, one element of each component at a time, for every stack.
 
     Parameters
     ----------
     problem : Problem
         With a coordinate for every element (`untied`).
     state : State
-    cores, core_sizes : tuple, optional
-        Those of `Footprints`.
     """
     slot, counts = slot_of_elements(problem)
+    values, along_map = jax.linearize(problem.elements, state.vector)
+    # Of all stacks together: elements along the coordinate of each slot.
+    basis = jnp.asarray(slot == np.arange(1, max(counts))[:, None], state.vector.dtype)
+    tangents = jax.vmap(along_map)(basis)
     result = []
     for number, count in enumerate(counts):
-        first = None if cores is None else cores[number]
-        size = None if core_sizes is None else core_sizes[number]
 
-        def stamps(vector, number=number, first=first, size=size):
-            stack = problem.fill(State(vector, state.images))[0][number]
-            return _core(stack, first, size).stamps(problem.psf_sigma)
+        def stamps(elements, number=number):
+            return problem.with_elements(elements, state.images)[0][number].stamps(problem.psf_sigma)
 
         own = np.zeros(len(slot), bool)
         for leaf in problem.leaves:
             own[leaf.start : leaf.stop] |= leaf.kind == "stack" and leaf.number == number
-        value, along = jax.linearize(stamps, state.vector)
-        basis = jnp.asarray((slot == np.arange(1, count)[:, None]) & own, state.vector.dtype)
-        slopes = jax.vmap(along)(basis) if count > 1 else jnp.zeros((0, *value.shape), value.dtype)
-        stack = problem.fill(state)[0][number]
+        value, along = jax.linearize(stamps, values)
+        if count > 1:
+            value = jnp.concatenate([value[None], jax.vmap(along)(jnp.where(own, tangents[: count - 1], 0.0))])
+        else:
+            value = value[None]
+        stack = problem.with_elements(values, state.images)[0][number]
         spectra = jnp.broadcast_to(stack.spectra, (count - 1, *stack.spectra.shape))
-        result.append(
-            StampSlopes(
-                stack.origin if first is None else first,
-                jnp.concatenate([value[None], slopes]),
-                jnp.concatenate([stack.flux_gain[None], spectra]),
-            )
-        )
+        result.append(StampSlopes(stack.origin, value, jnp.concatenate([stack.flux_gain[None], spectra])))
     return result
+
+
+def model_canvas(problem: Problem, state: State, slopes: Sequence[StampSlopes]) -> Float[Array, "channel y x"]:
+    """Return `Problem.model` from stamps that are known."""
+    canvas = jnp.zeros(problem.canvas, state.vector.dtype)
+    for stack, each in zip(problem.fill(state)[0], slopes, strict=True):
+        canvas = add_stamps(canvas, stack.spectra, each.stamps[0], stack.origin)
+    return canvas
 
 
 @compiled
@@ -125,11 +135,3 @@ def padded_gains(slopes: list[StampSlopes], num_slots: int) -> Float[Array, "mem
     """Return the gains of all members, through all stacks, with so many slots."""
     rows = [jnp.pad(each.gains, ((0, num_slots - len(each.gains)), (0, 0), (0, 0))) for each in slopes]
     return jnp.concatenate([row.swapaxes(0, 1) for row in rows])
-
-
-def _core(stack: Stack, first, size) -> Stack:
-    """Return the stack with its stamps cut to `size` from `first` on."""
-    if size is None:
-        return stack
-    cut = jax.vmap(lambda mask, start: lax.dynamic_slice(mask, start, size))(stack.mask, first - stack.origin)
-    return eqx.tree_at(lambda s: (s.origin, s.mask), stack, (first, cut))

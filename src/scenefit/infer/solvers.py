@@ -10,7 +10,6 @@ if the loss has grown, the step is shortened instead of continued.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -20,11 +19,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_floats, as_integers
-from scenefit.infer.dense import dense_descent, stretched
+from scenefit.infer.dense import dense_descent, potential_terms, stretched
 from scenefit.infer.descent import Descent, QuadraticModel, Secant
 from scenefit.infer.footprints import Footprints
+from scenefit.infer.gradient import residuals_and_gradient
+from scenefit.infer.information import information
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import combine, dot, image_curvature, prior_terms, select
+from scenefit.infer.slopes import slopes_of_stamps, untied
 
 MAX_REJECTIONS = 4
 """Shortenings of a step, by 4 each, before it is computed anew with more damping."""
@@ -155,60 +157,49 @@ def gauss_newton_step(
     -------
     SolverState, StepReport
     """
+    state = carry.trial
+    residual, forward = jax.linearize(problem.residuals, state)
+    deviance = residual if problem.is_gaussian else problem.residuals(state, "deviance")
+    potential, prior_gradient, prior_curvature = prior_terms(problem, state)
 
-    def descend(at: _Linearization, accepted, damping) -> Descent:
-        transpose = jax.linear_transpose(at.forward, at.state)
+    def descend(accepted, damping) -> Descent:
+        transpose = jax.linear_transpose(forward, state)
 
         def product(direction: State, weight) -> State:
             """Return J^T (J direction + weight residual) and the same of the priors on the vector."""
-            images = at.forward(direction)
-            (result,) = transpose(jax.tree.map(lambda i, r: i + weight * r, images, at.residual))
-            vector = at.prior_curvature * direction.vector + weight * at.prior_gradient
+            images = forward(direction)
+            (result,) = transpose(jax.tree.map(lambda i, r: i + weight * r, images, residual))
+            vector = prior_curvature * direction.vector + weight * prior_gradient
             return State(result.vector + vector, result.images)
 
-        pixels = image_curvature(problem, at.state)
-        model = QuadraticModel(problem, at.state, product, damping, carry.curvature, probes, pixels)
+        pixels = image_curvature(problem, state)
+        model = QuadraticModel(problem, state, product, damping, carry.curvature, probes, pixels)
         return model.descend(accepted, max_iterations, settled)
 
-    return _step(problem, carry, descend)
+    return _step(problem, carry, 0.5 * dot(deviance, deviance) + potential, residual[0], descend)
 
 
 def dense_step(problem: Problem, carry: SolverState, where: Footprints) -> tuple[SolverState, StepReport]:
     """Do as `gauss_newton_step`, with the Hessian matrix of all free coordinates (`dense.dense_footprints`)."""
-    secant = carry.secant
+    secant, state = carry.secant, carry.trial
     if secant is None:
         raise ValueError("dense_step wants the solver state of start(..., dense=True).")
+    slopes = slopes_of_stamps(*untied(problem, state))
+    residual, deviance, gradient = residuals_and_gradient(problem, state, slopes)
+    potential, slope, curvature = potential_terms(problem, state, where.index)
+    gradient = gradient + slope
 
-    def descend(at: _Linearization, accepted, damping) -> Descent:
-        (slope,) = jax.linear_transpose(at.forward, at.state)(at.residual)
-        gradient = slope.vector + at.prior_gradient
+    def descend(_, damping) -> Descent:
         stretch = stretched(secant, gradient, 0.25**carry.rejections, where)
-        return dense_descent(problem, at.state, gradient, damping, where, stretch)
+        expected = information(problem, state, where, slopes=slopes) + curvature
+        return dense_descent(problem, state, expected, gradient, damping, where, stretch)
 
-    return _step(problem, carry, descend)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Linearization:
-    """Residuals and priors about a state, and their derivatives; exists while a step is traced."""
-
-    state: State
-    residual: tuple
-    forward: Callable
-    prior_gradient: Array
-    prior_curvature: Array
+    return _step(problem, carry, 0.5 * dot(deviance, deviance) + potential, residual[0], descend)
 
 
-def _step(problem: Problem, carry: SolverState, descend: Callable) -> tuple[SolverState, StepReport]:
-    """Evaluate the trial state and go on from it, or shorten the last step."""
+def _step(problem: Problem, carry: SolverState, loss, residuals, descend: Callable) -> tuple[SolverState, StepReport]:
+    """Go on from the trial state, whose loss and residuals are known, by `descend`; or shorten the last step."""
     state = carry.trial
-    residual, forward = jax.linearize(problem.residuals, state)
-    potential, prior_gradient, prior_curvature = prior_terms(problem, state)
-    if problem.is_gaussian:
-        loss = 0.5 * dot(residual, residual) + potential
-    else:
-        deviance = problem.residuals(state, "deviance")
-        loss = 0.5 * dot(deviance, deviance) + potential
     # A decrease below the rounding of the loss can't be seen in it: such a step is taken as the model has it.
     rounding = ROUNDING * jnp.finfo(loss.dtype).eps * jnp.abs(carry.loss)
     is_tiny = jnp.isfinite(carry.loss) & (jnp.abs(carry.promise) < rounding)
@@ -217,7 +208,7 @@ def _step(problem: Problem, carry: SolverState, descend: Callable) -> tuple[Solv
     factor = jnp.where(ratio > GOOD_RATIO, 0.3, jnp.where(ratio < POOR_RATIO, 10.0, 1.0))
     factor = jnp.where(is_tiny, 1.0, factor)
     damping = jnp.clip(carry.damping * jnp.where(accepted, factor, 1.0), MIN_DAMPING, MAX_DAMPING)
-    descent = descend(_Linearization(state, residual, forward, prior_gradient, prior_curvature), accepted, damping)
+    descent = descend(accepted, damping)
     full = problem.project(combine(state, 1.0, descent.step))
     rejections = jnp.where(accepted, 0, carry.rejections + 1)
     restart = rejections > MAX_REJECTIONS
@@ -237,7 +228,7 @@ def _step(problem: Problem, carry: SolverState, descend: Callable) -> tuple[Solv
     following = SolverState(
         best=best,
         loss=report.loss,
-        residuals=select(accepted, residual[0], carry.residuals),
+        residuals=select(accepted, residuals, carry.residuals),
         trial=trial,
         target=target,
         promise=jnp.where(accepted, descent.decrement, carry.promise),

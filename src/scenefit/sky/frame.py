@@ -69,7 +69,7 @@ class Frame(eqx.Module):
     ------
     ValueError
         If the shape isn't two positive integers, a channel repeats, the WCS isn't celestial, the PSF has more
-        than one channel or is wider than 10 pixels, the padding is negative, or the margin isn't between 0 and half of it.
+        than one channel or is wider than 5 pixels, the padding is negative, or the margin isn't between 0 and half of it.
     TypeError
         If the PSF isn't a round Gaussian.
     """
