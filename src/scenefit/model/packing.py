@@ -159,6 +159,14 @@ class Member(eqx.Module):
         return slice(y, y + height), slice(x, x + width)
 
 
+def member_stamps(members: Sequence[Member], images: Sequence[np.ndarray | Array]) -> dict[str, tuple[Box, np.ndarray]]:
+    """Return the true stamps of components, by path, from the padded ones of all stacks (see `Scene.stamps`)."""
+    arrays = [np.asarray(image, dtype=float) for image in images]
+    return {
+        member.path: (member.box, arrays[member.stack][(member.row, slice(None), *member.window)]) for member in members
+    }
+
+
 def component_box(component: Source, frame: Frame, room: float = 1.0, tolerance: float | None = None) -> Box:
     """Return the stamp of a component on the model frame and its margin; empty if it lies outside.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_floats, compiled
-from scenefit.model.packing import Stack, evaluate_stacks, model_psf_sigma, pack
+from scenefit.model.packing import Stack, evaluate_stacks, member_stamps, model_psf_sigma, pack
 from scenefit.model.source import AbstractSource, Source, check_sources
 from scenefit.sky.frame import Frame
 
@@ -86,12 +86,7 @@ class Scene(eqx.Module):
         """
         stacks, members = pack(self.frame, list(self.components()))
         psf_sigma = as_floats(model_psf_sigma(self.frame))
-        images = [np.asarray(_stamps(stack, psf_sigma), dtype=float) for stack in stacks]
-        result = {}
-        for member in members:
-            (y, x), (height, width) = member.offset, member.box.shape
-            result[member.path] = member.box, images[member.stack][member.row, :, y : y + height, x : x + width]
-        return result
+        return member_stamps(members, [_stamps(stack, psf_sigma) for stack in stacks])
 
     def with_sources(self, **sources: AbstractSource) -> Scene:
         """Return a scene with sources added or replaced."""

@@ -22,6 +22,7 @@ from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.slopes import stamp_slopes
 from scenefit.model.morphology import AbstractImageMorphology
+from scenefit.model.packing import member_stamps
 from scenefit.sky import units
 from scenefit.sky.frame import Channel, Frame
 from scenefit.survey.columns import describe
@@ -175,7 +176,8 @@ def _measure(result: FitResult, model_error: bool, progress: bool) -> _Measured:
     scene, frame = result.scene, result.scene.frame
     names = list(scene.sources)
     problem, state, layout = posterior.build(scene, result.observations, result.parameters)
-    changes, stamps = stamp_slopes(problem, state), scene.stamps()
+    changes = stamp_slopes(problem, state)
+    stamps = member_stamps(layout.members, [each.stamps[0] for each in jax.device_get(changes)])
     known = vector_covariance(problem, state, layout, scene, result.observations, changes, progress)
     flux, error, correlation, flux_slopes = _fluxes(result, problem, layout, known)
     weights = _channel_weights(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import equinox as eqx
 import numpy as np
@@ -14,6 +14,7 @@ from scenefit.data.observation import Observation
 from scenefit.infer.fit import FitResult
 from scenefit.infer.footprints import covered_pixels, disjoint_colors
 from scenefit.model.scene import Scene
+from scenefit.sky.frame import Frame
 
 
 class Cutout(eqx.Module):
@@ -198,6 +199,15 @@ def unit_images(
             image[(slice(None), *place.slices)] += share[:, None, None] * stamp
         found[name] = UnitImage(box, image, unit)
     return found
+
+
+def model_of(frame: Frame, images: Iterable[UnitImage]) -> np.ndarray:
+    """Return the sum of sources on a frame and its margin, shape (channel, y, x)."""
+    model = np.zeros((len(frame.channels), *frame.outer_box.shape))
+    for each in images:
+        place = each.box.shift(frame.inner_box.origin)
+        model[(slice(None), *place.slices)] += each.image * each.unit[:, None, None]
+    return model
 
 
 def source_cutouts(
