@@ -79,7 +79,7 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
     num_slots = where.places.shape[1]
     ends = np.cumsum([len(each.origin) for each in slopes])
     # All channels show the same, unless shapes differ between them.
-    planes = max(each.stamps.shape[2] for each in slopes)
+    planes = max((each.stamps.shape[2] for each in slopes), default=1)
 
     def one(number):
         color, slot = number // num_slots, number % num_slots

@@ -187,7 +187,7 @@ def _images_of_color(
     render = [jax.linearize(lambda modes, i=image: i.residual(modes, "fisher"), spectrum)[1] for image in images]
     ends = np.cumsum([len(stack.origin) for stack in stacks])
     # All channels show the same, unless shapes differ between them.
-    planes = max(each.stamps.shape[2] for each in slopes)
+    planes = max((each.stamps.shape[2] for each in slopes), default=1)
 
     def one(slot):
         canvas = jnp.zeros((planes, *problem.canvas[1:]), state.vector.dtype)

@@ -95,7 +95,7 @@ def slopes_of_stamps(problem: Problem, state: State) -> list[StampSlopes]:
     slot, counts = slot_of_elements(problem)
     values, along_map = jax.linearize(problem.elements, state.vector)
     # Of all stacks together: elements along the coordinate of each slot.
-    basis = jnp.asarray(slot == np.arange(1, max(counts))[:, None], state.vector.dtype)
+    basis = jnp.asarray(slot == np.arange(1, max(counts, default=1))[:, None], state.vector.dtype)
     tangents = jax.vmap(along_map)(basis)
     result = []
     for number, count in enumerate(counts):
