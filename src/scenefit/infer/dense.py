@@ -28,7 +28,7 @@ LONGEST_MOVE = 1.0
 """Logarithms and logits of parameters change by at most this much in a step: where the maps saturate, the model wouldn't know
 the way back."""
 LARGEST_STRETCH, SMALLEST_STEP = 4.0, 0.01
-"""Of a component's curvature, from its last step; and how long, in standard deviations, that must have been to say anything."""
+"""Of a source's curvature, from its last step; and how long, in standard deviations, that must have been to say anything."""
 SINGULAR = 1e-6
 """Added to the unit diagonal of the scaled Hessian: directions that nothing determines stay where they are."""
 
@@ -166,7 +166,7 @@ def stretched(
     """Return `Secant.stretch` after a step.
 
     For faint sources the second derivatives of the model, which Gauss and Newton leave out, make up much of the curvature:
-    their steps would go too far, to and fro. How the gradient along a component's own step has changed says by how much.
+    their steps would go too far, to and fro. How the gradient along a source's own step has changed says by how much.
 
     Parameters
     ----------

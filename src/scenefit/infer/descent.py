@@ -48,9 +48,9 @@ class Secant(eqx.Module):
     change : array
         The Hessian times the step: by how much the gradient should change.
     own : array
-        What the coordinates of the same component contribute to that.
+        What the coordinates of the same source contribute to that.
     stretch : array
-        By how much the curvature of the loss along each component exceeds that of the Gauss-Newton Hessian, as far as is known.
+        By how much the curvature of the loss along each source exceeds that of the Gauss-Newton Hessian, as far as is known.
     """
 
     gradient: Float[Array, " n"]

@@ -69,7 +69,7 @@ class Footprints(eqx.Module):
     index : array of int, shape (m,)
         The free coordinates.
     group : array of int, shape (m,)
-        Which component each belongs to; one more than the last for those of observations.
+        Which source each belongs to; the number of all members for those of observations.
     places : array of int, shape (member, slot, channel)
         Which of them is in a slot of a component, by channel of the model; m for none. Members are numbered through all stacks;
         there is a whole number of blocks of slots.
@@ -155,7 +155,9 @@ def footprints(
     is_used = (places != len(index)).any(axis=2)
     visits = _visits(color, is_used)
     group = np.full(len(index) + 1, len(places))
-    group[places.ravel()] = np.repeat(np.arange(len(places)), places[0].size if len(places) else 1)
+    counts = [sum(1 for _ in source.components(name)) for name, source in scene.sources.items()]
+    for number, source in zip(numbers, np.repeat(np.arange(len(counts)), counts), strict=True):
+        group[places[number].ravel()] = source
     return Footprints(
         index=as_integers(index),
         group=as_integers(group[: len(index)]),
