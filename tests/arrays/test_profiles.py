@@ -290,6 +290,40 @@ def test_a_sum_of_rings_is_the_sum_of_each(eps):
         np.testing.assert_allclose(image, parts.sum(axis=0), atol=(2e-6 + 20 * eps) * np.max(image))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def image_and_derivatives(corner, height, width, shape, cotangent):
+    """Rings of given center, ellipticity and PSF on part of a grid, their derivatives, and the product of these with an image."""
+    sigmas, weights = np.array([0.0, 0.5, 1.0, 2.0, 9.0]), np.array([0.2, 0.3, 0.2, 0.1, 0.2])
+
+    def image(shape):
+        y, x = (jnp.arange(n) + first - at for n, first, at in zip((height, width), corner, shape[:2], strict=True))
+        return evaluate_rings(y, x, sigmas, weights, shape[2:4], shape[4])
+
+    value, along = jax.linearize(image, shape)
+    (against,) = jax.linear_transpose(along, shape)(cotangent)
+    return jnp.concatenate([value[None], jax.vmap(along)(jnp.eye(len(shape)))]), against
+
+
+@pytest.mark.parametrize("center", [(71.3, 60.8), (2.2, 145.1), (-20.4, 80.0), (152.0, 170.3)])
+def test_narrow_rings_on_a_large_grid(center, eps):
+    """What is seen of a profile doesn't depend on how large the grid is, nor do its derivatives; wherever its center is."""
+    size, tile = 150, 50
+    shape, cotangent = jnp.array([*center, 0.3, -0.4, 1.2]), np.random.default_rng(0).normal(size=(size, size))
+    whole, slope = image_and_derivatives(jnp.zeros(2), size, size, shape, jnp.asarray(cotangent))
+    tiled, total = np.zeros(whole.shape), 0.0
+    for y in range(0, size, tile):
+        for x in range(0, size, tile):
+            part = (slice(y, y + tile), slice(x, x + tile))
+            tiled[:, *part], own = image_and_derivatives(
+                jnp.array([y, x]), tile, tile, shape, jnp.asarray(cotangent[part])
+            )
+            total = total + own
+    largest = np.abs(tiled).max(axis=(1, 2), keepdims=True)
+    # 1e3 eps: rounding of phases of up to 2 pi 100.
+    np.testing.assert_allclose(whole / largest, tiled / largest, atol=1e3 * eps)
+    np.testing.assert_allclose(slope, total, atol=1e3 * eps * np.abs(total).max())
+
+
 def test_the_blend_between_compact_and_wide_rings():
     """Neither value nor slope jumps while a width passes from one to the other."""
     low, high = COMPACT_RINGS

@@ -156,7 +156,7 @@ def evaluate_rings(
     Parameters
     ----------
     y, x : arrays, shape (h,) and (w,)
-        Pixel coordinates relative to the centre.
+        Coordinates of successive pixels relative to the centre.
     sigmas : array, shape (ring,)
         Geometric mean of the semi-axes, pixels. If it is a NumPy array, narrow rings are told from wide ones beforehand.
     weights : array, shape (ring,)
