@@ -326,18 +326,17 @@ def test_rings_against_galsim(radius):
 @pytest.mark.parametrize("ellipticity", [(0.0, 0.0), (0.5, 0.0), (-0.2, 0.5)])
 @pytest.mark.parametrize("index", [None, 0.6, 1.0, 3.1, 4.0])
 def test_half_the_light_inside_the_half_light_radius(index, ellipticity):
-    radius, step = 30.0, 0.45
-    at = np.arange(-100, 101) * step
+    radius, at = 66.0, np.arange(-100.0, 101.0)
     morphology = (
         GaussianMorphology(radius, ellipticity) if index is None else SersicMorphology(radius, index, ellipticity)
     )
-    image = step**2 * evaluate(morphology, at, at)
+    image = evaluate(morphology, at, at)
     ratio, theta = shape_of(morphology)
     along = at * np.cos(theta) + at[:, None] * np.sin(theta)
     across = at[:, None] * np.cos(theta) - at * np.sin(theta)
     inside = along**2 * ratio + across**2 / ratio < radius**2
-    # 1e-3: 6e-4, the accuracy of the rings for indices below 1; (0.7 / 30)^2 / 2 = 3e-4 of what the PSF takes out of the
-    # ellipse; and counting the points in it, of which there are 14000.
+    # 1e-3: 6e-4, the accuracy of the rings for indices below 1; (0.7 / 66)^2 / 2 = 6e-5 of what the PSF takes out of the
+    # ellipse; and counting the pixels in it, of which there are 14000.
     assert image[inside].sum() == pytest.approx(0.5, abs=1e-3)
 
 

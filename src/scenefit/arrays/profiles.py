@@ -156,7 +156,7 @@ def evaluate_rings(
     Parameters
     ----------
     y, x : arrays, shape (h,) and (w,)
-        Coordinates of successive pixels relative to the centre.
+        Coordinates of successive pixels relative to the centre, 1 apart.
     sigmas : array, shape (ring,)
         Geometric mean of the semi-axes, pixels. If it is a NumPy array, narrow rings are told from wide ones beforehand.
     weights : array, shape (ring,)
@@ -203,6 +203,8 @@ _WINDOW_AT = lax.ScatterDimensionNumbers(
 def _window(at):
     """Return the first of at most `COMPACT_WINDOW` pixels around the centre, and their coordinates relative to it."""
     size = min(len(at), COMPACT_WINDOW)
+    if isinstance(at, np.ndarray) and not np.allclose(np.diff(at), 1.0):
+        raise ValueError(f"Profiles are evaluated on pixels that are 1 apart; got coordinates {at}.")
     middle = jnp.round(-lax.stop_gradient(at[0])).astype(jnp.int32)
     first = jnp.clip(middle - size // 2, 0, len(at) - size)
     return first, at[0] + (first + jnp.arange(size))

@@ -47,7 +47,7 @@ class AbstractMorphology(eqx.Module):
         Parameters
         ----------
         y, x : arrays, shape (h,) and (w,)
-            Pixel coordinates relative to the source's centre.
+            Coordinates of successive pixels relative to the source's centre, 1 apart.
         psf_sigma : float
             Standard deviation of the Gaussian model PSF, pixels.
 
