@@ -41,7 +41,7 @@ RINGS_AT_A_TIME = 4
 """Rings whose images are added in one pass over the pixels."""
 ROWS_AT_A_TIME = 64
 """Rows of an image whose derivatives are computed at a time, at most: all rings on them fit into a processor's cache."""
-COMPACT_WINDOW = 64
+COMPACT_WINDOW = 128
 """Pixels a side on which narrow rings are evaluated, around their centre: enough for a model PSF of `WIDEST_PSF`."""
 WIDEST_PSF = 5.0
 """Standard deviation of the model PSF at most, in pixels."""
