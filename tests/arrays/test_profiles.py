@@ -324,6 +324,11 @@ def test_narrow_rings_on_a_large_grid(center, eps):
     np.testing.assert_allclose(slope, total, atol=1e3 * eps * np.abs(total).max())
 
 
+def test_pixels_are_one_apart():
+    with pytest.raises(ValueError, match="on pixels that are 1 apart; got coordinates"):
+        evaluate_rings(0.5 * Y, X, np.array([0.5]), np.ones(1), np.zeros(2), PSF_SIGMA)
+
+
 def test_the_blend_between_compact_and_wide_rings():
     """Neither value nor slope jumps while a width passes from one to the other."""
     low, high = COMPACT_RINGS

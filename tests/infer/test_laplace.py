@@ -6,7 +6,7 @@ import pytest
 
 from scenefit.arrays.compilation import as_integers, compiled
 from scenefit.infer import posterior
-from scenefit.infer.dense import potential_terms
+from scenefit.infer.dense import potential_hessian
 from scenefit.infer.jacobian import information_matrix
 from scenefit.infer.laplace import marginal_covariance, vector_covariance
 from scenefit.model import link
@@ -80,7 +80,7 @@ def test_information_of_all_kinds_of_parameters_equals_the_dense_product():
         problem, state, layout = posterior.build(scene, observations, parameters)
         index, information = information_matrix(problem, state, layout, scene, observations)
         columns = dense_jacobian(problem, state)[:, index]
-        expected = columns.T @ columns + np.asarray(compiled(potential_terms)(problem, state, as_integers(index))[2])
+        expected = columns.T @ columns + np.asarray(compiled(potential_hessian)(problem, state, as_integers(index)))
     assert {leaf.name for leaf in problem.leaves} >= {"morphology.amplitudes", "noise.scale", "shift"}
     unit = 1 / np.sqrt(np.diag(expected))
     # 1e-5 of the peaks of derivatives is left out, over a few hundred pixels.

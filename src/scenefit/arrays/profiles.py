@@ -171,6 +171,11 @@ def evaluate_rings(
     array, shape (h, w)
         Flux per pixel, sampled; frequencies that pixels can't hold are cut off from narrow rings (`COMPACT_RINGS`), and the
         ringing that follows from the cut fades out over `RINGING_FADE` pixels.
+
+    Raises
+    ------
+    ValueError
+        If coordinates that are NumPy arrays aren't 1 apart.
     """
     weights, ellipticity = jnp.asarray(weights), jnp.asarray(ellipticity)
     e1, e2 = ellipticity[0], ellipticity[1]

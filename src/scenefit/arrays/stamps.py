@@ -57,7 +57,7 @@ def add_stamps(
     """
 
     def add(n, image):
-        start = _start(origins[n])
+        start = first_indices(origins[n])
         block = lax.dynamic_slice(image, start, (image.shape[0], *stamps.shape[2:]))
         return lax.dynamic_update_slice(image, block + spectra[n][:, None, None] * stamps[n], start)
 
@@ -77,7 +77,7 @@ def _add_stamps_jvp(primals, tangents):
     return value, linear_map(_forward(given, canvas.shape), _backward(given, canvas.shape), constants, linear)[0]
 
 
-def _start(origin, *leading):
+def first_indices(origin, *leading):
     """Return the first indices of a stamp on a canvas of shape (*leading, channel, y, x)."""
     zero = jnp.zeros_like(origin[0])
     return (*leading, zero, origin[0], origin[1])
@@ -98,7 +98,7 @@ def _forward(given, shape):
             return (image,)
 
         def add(n, image):
-            start = _start(origins[n], *[jnp.zeros_like(origins[n, 0])] * len(leading))
+            start = first_indices(origins[n], *[jnp.zeros_like(origins[n, 0])] * len(leading))
             block = lax.dynamic_slice(image, start, (*leading, shape[0], *stamps.shape[2:]))
             if stamps_dot is not None:
                 block = block + spectra[n][:, None, None] * stamps_dot[..., n, :, :, :]
@@ -128,7 +128,7 @@ def _backward(given, shape):
 
         def gather(_, row):
             spectrum, stamp, origin = row
-            start = _start(origin, *[jnp.zeros_like(origin[0])] * len(leading))
+            start = first_indices(origin, *[jnp.zeros_like(origin[0])] * len(leading))
             block = lax.dynamic_slice(cotangent, start, (*leading, shape[0], *stamp.shape[1:]))
             if len(stamp) > 1:
                 return None, (

@@ -18,6 +18,7 @@ from scenefit.infer.information import information
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import spread_curvature
+from scenefit.infer.slopes import StampSlopes
 from scenefit.model.scene import Scene
 
 MAX_COORDINATES, MAX_SIZE = 1000, 3 * 10**8
@@ -63,33 +64,25 @@ def is_mapped(problem: Problem) -> np.ndarray:
     return mapped
 
 
-def potential_terms(problem: Problem, state: State, index: Int[Array, " m"]):
-    """Return `Problem.potential`, its gradient along the vector, and its Hessian along `index` as far as that is positive.
-
-    Of what the noise's parameters add to the loss, the curvature is the part that makes up the Fisher information.
-    """
-    vector = state.vector
-    value, slope = jnp.zeros((), vector.dtype), jnp.zeros_like(vector)
-    curvature = jnp.diag(spread_curvature(problem, state)[index])
-    if problem.priors:
-
-        def terms(at):
-            minus, gradient = jax.value_and_grad(lambda at: -problem.log_prior(at))(at)
-            return gradient, (minus, gradient)
-
-        bend, (value, slope) = jax.jacfwd(terms, has_aux=True)(vector)
-        bend = bend[index][:, index]
-        values, vectors = jnp.linalg.eigh(0.5 * (bend + bend.T))
-        curvature += (vectors * jnp.maximum(values, 0.0)) @ vectors.T
-    if problem.has_spread:
-        spread, along = jax.value_and_grad(lambda at: problem.spread(State(at, state.images)))(vector)
-        value, slope = value + spread, slope + along
-    return value, slope, curvature
+def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -> Float[Array, "m m"]:
+    """Return the Hessian of `Problem.potential` for the coordinates `index`, as far as it is positive."""
+    own = jnp.diag(spread_curvature(problem, state)[index])
+    if not problem.priors:
+        return own
+    part = -jax.jacfwd(jax.grad(problem.log_prior))(state.vector)[index][:, index]
+    values, vectors = jnp.linalg.eigh(0.5 * (part + part.T))
+    return own + (vectors * jnp.maximum(values, 0.0)) @ vectors.T
 
 
-def hessian(problem: Problem, state: State, where: Footprints, kind: str = "score") -> Float[Array, "m m"]:
-    """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`; see `information` for `kind`."""
-    return information(problem, state, where, kind) + potential_terms(problem, state, where.index)[2]
+def hessian(
+    problem: Problem,
+    state: State,
+    where: Footprints,
+    kind: str = "score",
+    slopes: Sequence[StampSlopes] | None = None,
+) -> Float[Array, "m m"]:
+    """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`; parameters are those of `information`."""
+    return information(problem, state, where, kind, slopes) + potential_hessian(problem, state, where.index)
 
 
 def dense_descent(

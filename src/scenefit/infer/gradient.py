@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from scenefit.arrays import fourier
+from scenefit.arrays.stamps import first_indices
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.slopes import StampSlopes, model_canvas, slot_of_elements, untied
 
@@ -68,8 +69,7 @@ def _products(slopes: StampSlopes, canvas: Float[Array, "channel y x"]) -> Float
     _, count, num_planes, height, width = slopes.stamps.shape
 
     def one(number):
-        y, x = slopes.origin[number]
-        window = lax.dynamic_slice(canvas, (jnp.zeros_like(y), y, x), (len(canvas), height, width))
+        window = lax.dynamic_slice(canvas, first_indices(slopes.origin[number]), (len(canvas), height, width))
         stamps = lax.dynamic_index_in_dim(slopes.stamps, number, axis=1, keepdims=False)
         channels = "p" if num_planes > 1 else "c"
         return jnp.einsum(f"spyx,{channels}yx->s{channels}", stamps, window, precision="highest")

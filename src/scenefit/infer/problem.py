@@ -376,11 +376,7 @@ class Problem(eqx.Module):
 
     def potential(self, state: State) -> Float[Array, ""]:
         """Return the part of the loss that isn't a square: minus the log-prior, and what the noise's parameters add."""
-        return self.spread(state) - self.log_prior(state.vector)
-
-    def spread(self, state: State) -> Float[Array, ""]:
-        """Return the sum of `spreads`."""
-        return sum((jnp.sum(spread) for spread in self.spreads(state)), jnp.zeros(()))
+        return sum((jnp.sum(spread) for spread in self.spreads(state)), -self.log_prior(state.vector))
 
     def spreads(self, state: State) -> list[Float[Array, "_ _ _"]]:
         """Return what the parameters of the noise add to the loss of every pixel, for observations whose noise has any."""

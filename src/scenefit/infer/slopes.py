@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import compiled
-from scenefit.arrays.stamps import add_stamps
+from scenefit.arrays.stamps import add_stamps, first_indices
 from scenefit.infer.problem import Problem, State
 
 
@@ -44,13 +44,13 @@ class StampSlopes(eqx.Module):
 
         def add(member, canvas):
             stamp = lax.dynamic_index_in_dim(self.stamps[slot], member, keepdims=False)
-            y, x = self.origin[member]
             if cores is not None:
-                (first_row, last_row, first_column, last_column) = cores[member]
-                rows, columns = (at + jnp.arange(count) for at, count in zip((y, x), stamp.shape[1:], strict=True))
+                first_row, last_row, first_column, last_column = cores[member]
+                corner = zip(self.origin[member], stamp.shape[1:], strict=True)
+                rows, columns = (first + jnp.arange(count) for first, count in corner)
                 inside = ((rows >= first_row) & (rows < last_row))[:, None] & (columns >= first_column)
                 stamp = jnp.where(inside & (columns < last_column), stamp, 0.0)
-            start = jnp.zeros_like(y), y, x
+            start = first_indices(self.origin[member])
             block = lax.dynamic_slice(canvas, start, (len(canvas), *stamp.shape[1:]))
             return lax.dynamic_update_slice(canvas, block + stamp, start)
 
@@ -97,21 +97,17 @@ def slopes_of_stamps(problem: Problem, state: State) -> list[StampSlopes]:
     # Of all stacks together: elements along the coordinate of each slot.
     basis = jnp.asarray(slot == np.arange(1, max(counts, default=1))[:, None], state.vector.dtype)
     tangents = jax.vmap(along_map)(basis)
+    stacks, _ = problem.with_elements(values, state.images)
     result = []
-    for number, count in enumerate(counts):
+    for number, (stack, count) in enumerate(zip(stacks, counts, strict=True)):
 
         def stamps(elements, number=number):
             return problem.with_elements(elements, state.images)[0][number].stamps(problem.psf_sigma)
 
-        own = np.zeros(len(slot), bool)
-        for leaf in problem.leaves:
-            own[leaf.start : leaf.stop] |= leaf.kind == "stack" and leaf.number == number
         value, along = jax.linearize(stamps, values)
+        value = value[None]
         if count > 1:
-            value = jnp.concatenate([value[None], jax.vmap(along)(jnp.where(own, tangents[: count - 1], 0.0))])
-        else:
-            value = value[None]
-        stack = problem.with_elements(values, state.images)[0][number]
+            value = jnp.concatenate([value, jax.vmap(along)(tangents[: count - 1])])
         spectra = jnp.broadcast_to(stack.spectra, (count - 1, *stack.spectra.shape))
         result.append(StampSlopes(stack.origin, value, jnp.concatenate([stack.flux_gain[None], spectra])))
     return result

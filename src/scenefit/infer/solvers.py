@@ -19,11 +19,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_floats, as_integers
-from scenefit.infer.dense import dense_descent, potential_terms, stretched
+from scenefit.infer.dense import dense_descent, hessian, stretched
 from scenefit.infer.descent import Descent, QuadraticModel, Secant
 from scenefit.infer.footprints import Footprints
 from scenefit.infer.gradient import residuals_and_gradient
-from scenefit.infer.information import information
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import combine, dot, image_curvature, prior_terms, select
 from scenefit.infer.slopes import slopes_of_stamps, untied
@@ -186,12 +185,12 @@ def dense_step(problem: Problem, carry: SolverState, where: Footprints) -> tuple
         raise ValueError("dense_step wants the solver state of start(..., dense=True).")
     slopes = slopes_of_stamps(*untied(problem, state))
     residual, deviance, gradient = residuals_and_gradient(problem, state, slopes)
-    potential, slope, curvature = potential_terms(problem, state, where.index)
-    gradient = gradient + slope
+    potential, prior_gradient, _ = prior_terms(problem, state)
+    gradient = gradient + prior_gradient
 
     def descend(_, damping) -> Descent:
         stretch = stretched(secant, gradient, 0.25**carry.rejections, where)
-        expected = information(problem, state, where, slopes=slopes) + curvature
+        expected = hessian(problem, state, where, slopes=slopes)
         return dense_descent(problem, state, expected, gradient, damping, where, stretch)
 
     return _step(problem, carry, 0.5 * dot(deviance, deviance) + potential, residual[0], descend)

@@ -157,8 +157,10 @@ def deblend(
     if repeated := sorted({name for name in seen if seen.count(name) > 1}):
         raise ValueError(f"Observation names must be distinct; {', '.join(map(repr, repeated))} repeat(s).")
     matched = {obs.name: obs.match(scene.frame) if obs.renderer is None else obs for obs in observations}
-    images, model = unit_images(scene, names, scene.stamps()), scene.evaluate(outer=True)
-    cutouts = {name: source_cutouts(scene, obs, images, progress) for name, obs in matched.items()}
+    images = unit_images(scene, list(scene.sources), scene.stamps())
+    model = total_image(scene.frame, [(each.box, each.image * each.unit[:, None, None]) for each in images.values()])
+    chosen = {name: images[name] for name in names}
+    cutouts = {name: source_cutouts(scene, obs, chosen, progress) for name, obs in matched.items()}
     residuals = {name: np.where(obs.compared, obs.data - obs.render(model), np.nan) for name, obs in matched.items()}
     return Deblended(matched, cutouts, residuals)
 
@@ -201,13 +203,12 @@ def unit_images(
     return found
 
 
-def model_of(frame: Frame, images: Iterable[UnitImage]) -> np.ndarray:
-    """Return the sum of sources on a frame and its margin, shape (channel, y, x)."""
-    model = np.zeros((len(frame.channels), *frame.outer_box.shape))
-    for each in images:
-        place = each.box.shift(frame.inner_box.origin)
-        model[(slice(None), *place.slices)] += each.image * each.unit[:, None, None]
-    return model
+def total_image(frame: Frame, images: Iterable[tuple[Box, np.ndarray]]) -> np.ndarray:
+    """Return the sum of images, shape (channel, h, w), of boxes on a frame and its margin."""
+    total = np.zeros((len(frame.channels), *frame.outer_box.shape))
+    for box, image in images:
+        total[(slice(None), *box.shift(frame.inner_box.origin).slices)] += image
+    return total
 
 
 def source_cutouts(
@@ -236,14 +237,11 @@ def source_cutouts(
     names, renderer, frame = list(images), obs.matched_renderer, scene.frame
     windows = covered_pixels([images[name].box for name in names], frame, obs)
     colors = disjoint_colors(windows)
-    background, cutouts, outer = obs.background_image(), {}, frame.outer_box
+    background, cutouts = obs.background_image(), {}
     channels, first = np.array(renderer.channels), renderer.window.origin
     for color in with_progress(list(np.unique(colors)), f"sources in {obs.name}", progress):
-        members, model = np.nonzero(colors == color)[0], np.zeros((len(frame.channels), *outer.shape))
-        for n in members:
-            each = images[names[n]]
-            place = each.box.shift(frame.inner_box.origin)
-            model[(slice(None), *place.slices)] += each.image
+        members = np.nonzero(colors == color)[0]
+        model = total_image(frame, [(images[names[n]].box, images[names[n]].image) for n in members])
         rendered = obs.render(model) - background
         for n in members:
             y0, y1, x0, x1 = (int(end) for end in windows[n])

@@ -11,7 +11,7 @@ from scenefit.arrays.box import Box
 from scenefit.arrays.compilation import as_floats
 from scenefit.data.observation import Observation
 from scenefit.model.scene import Scene
-from scenefit.survey.deblend import Cutout, model_of, source_cutouts, unit_images
+from scenefit.survey.deblend import Cutout, source_cutouts, total_image, unit_images
 
 FOOTPRINT_LIGHT = 0.8
 """Fraction of a source's light that its footprint holds."""
@@ -67,7 +67,7 @@ def measure_footprints(
     """
     names = list(scene.sources)
     images = unit_images(scene, names, stamps)
-    model = model_of(scene.frame, images.values())
+    model = total_image(scene.frame, [(each.box, each.image * each.unit[:, None, None]) for each in images.values()])
     shape = (len(names), len(scene.frame.channels))
     own, shared, chi_square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     seen, num_pixels = np.zeros(shape), np.zeros(shape, int)
