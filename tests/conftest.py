@@ -42,6 +42,23 @@ def room_for_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def _compilation_events():
+    """Everything that JAX compiles in this process."""
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: events.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    return events
+
+
+@pytest.fixture
+def compilations(_compilation_events):
+    """What JAX compiles during a test, one entry each."""
+    _compilation_events.clear()
+    return _compilation_events
+
+
 @pytest.fixture
 def key():
     """Random key of JAX, the same in every run."""

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from scenefit.arrays import compilation
-from scenefit.arrays.compilation import compiled, make_room
+from scenefit.arrays.compilation import as_floats, compile_together, compiled, make_room
 
 
 def num_mappings() -> int:
@@ -21,6 +21,19 @@ def sine():
         return jnp.sin(x) @ jnp.cos(x)
 
     return function, traced
+
+
+def test_what_is_compiled_together_is_there_when_it_is_called(sine, compilations):
+    function, traced = sine
+    product = compiled(lambda x, y: jnp.cumsum(x * y))
+    x, y = as_floats(np.arange(30)), as_floats(np.ones(30))
+    compile_together((function, (x,)), (product, (x, y)))
+    assert compilations
+    compilations.clear()
+    np.testing.assert_allclose(function(x), np.sin(x) @ np.cos(x), rtol=1e-4)
+    np.testing.assert_allclose(product(x, y), np.cumsum(np.arange(30.0)))
+    assert compilations == []
+    assert traced == [(30,)]
 
 
 @pytest.mark.skipif(not compilation.MAPPINGS.exists(), reason="memory mappings are listed on Linux only")

@@ -11,6 +11,7 @@ from scenefit.infer.descent import Secant
 from scenefit.infer.fit import Status, fit
 from scenefit.infer.information import information
 from scenefit.infer.problem import State
+from scenefit.infer.slopes import blank_slopes, stamp_slopes
 from scenefit.model import link
 from scenefit.model.clumpy import ClumpyMorphology
 from scenefit.model.morphology import GaussianMorphology, MultiGaussianMorphology, PointMorphology, SersicMorphology
@@ -230,6 +231,15 @@ def test_a_gaussian_of_any_start_converges():
         assert result.is_converged
         # 1e-3: a hundredth of the standard error, 0.01 times a few pixels over the flux.
         assert result.scene.sources["0"].spectrum.flux[0] == pytest.approx(5.0, rel=1e-3)
+
+
+def test_blank_slopes_have_the_shapes_of_those_of_a_scene():
+    """A fit compiles its steps for them."""
+    scene, observations = make_scene(), observed()
+    problem, state, _ = posterior.build(scene, observations, make_parameters(scene, observations))
+    found, blank = stamp_slopes(problem, state), blank_slopes(problem)
+    assert jax.tree.structure(found) == jax.tree.structure(blank)
+    assert [each.aval for each in jax.tree.leaves(found)] == [each.aval for each in jax.tree.leaves(blank)]
 
 
 def test_the_curvature_that_gauss_and_newton_leave_out():

@@ -32,17 +32,6 @@ from tests.blends import (
 )
 from tests.helpers import make_observation
 
-COMPILATIONS = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _count_compilations():
-    """Note every compilation of this process."""
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: COMPILATIONS.append(event) if event.endswith("backend_compile_duration") else None
-    )
-
-
 # ---- the result
 
 
@@ -301,23 +290,22 @@ def test_a_band_without_data_leaves_the_others_untouched():
 # ---- compilation
 
 
-def test_a_second_blend_of_the_same_padded_shape_compiles_nothing():
+def test_a_second_blend_of_the_same_padded_shape_compiles_nothing(compilations):
     catalog(fitted())
     closer = {name: dataclasses.replace(g, position=tuple(0.9 * np.array(g.position))) for name, g in GALAXIES.items()}
     observations = observe(closer, seed=5, sigma=0.8, shift=(0.01, 0.01))
     scene = rough_scene(frame_of(observations), closer)
-    COMPILATIONS.clear()
+    compilations.clear()
     result = fit(scene, observations, progress=False)
     table = catalog(result)
-    assert COMPILATIONS == []
+    assert compilations == []
     assert result.is_converged
     assert len(table) == 3
 
 
-def test_compilations_are_seen():
-    COMPILATIONS.clear()
+def test_compilations_are_seen(compilations):
     jax.jit(lambda x: x * 3.25)(np.ones(17))
-    assert COMPILATIONS
+    assert compilations
 
 
 # ---- what is free

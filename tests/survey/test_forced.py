@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import astropy.units as u
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,15 +26,6 @@ from scenefit.survey.forced import forced_photometry
 from tests.helpers import gaussian_image, tangent_wcs, with_sip
 
 SHAPE, SCALE = (40, 44), 0.12
-COMPILATIONS = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _count_compilations():
-    """Note every compilation of this process."""
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: COMPILATIONS.append(event) if event.endswith("backend_compile_duration") else None
-    )
 
 
 @functools.cache
@@ -348,12 +338,12 @@ def test_chi_square_is_that_of_the_noise():
     assert abs(excess.mean()) < 24
 
 
-def test_epochs_of_one_shape_compile_once(rng):
+def test_epochs_of_one_shape_compile_once(rng, compilations):
     scene = field()
     forced_photometry(scene, epochs(rng, 3))
-    before = len(COMPILATIONS)
+    compilations.clear()
     forced_photometry(scene, epochs(rng, 4, first=10))
-    assert len(COMPILATIONS) == before
+    assert compilations == []
 
 
 def test_light_curves_are_in_the_order_of_the_observations(rng):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-CPU_OPTIONS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+CPU_OPTIONS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 2}
 """XLA options that halve the compile time of a solver step on CPUs and leave its run time as it is."""
 
 MAPPINGS, MAX_MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
@@ -38,21 +39,40 @@ def make_room() -> None:
         jax.clear_caches()
 
 
-def compiled(function: Callable) -> Callable:
-    """Return the function compiled by `equinox.filter_jit`, on CPUs with `CPU_OPTIONS`.
+class compiled:  # noqa: N801
+    """The function compiled by `equinox.filter_jit`, on CPUs with `CPU_OPTIONS`.
 
     Nothing is asked of the backend before the first call.
+
+    Parameters
+    ----------
+    function : callable
     """
 
-    @functools.cache
-    def jitted():
-        return eqx.filter_jit(function, compiler_options=_options())  # pyright: ignore[reportCallIssue]
+    def __init__(self, function: Callable):
+        functools.update_wrapper(self, function)
+        self._jitted = functools.cache(
+            lambda: eqx.filter_jit(function, compiler_options=_options())  # pyright: ignore[reportCallIssue]
+        )
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        return jitted()(*args, **kwargs)
+    def __call__(self, *args, **kwargs):
+        """Call the compiled function."""
+        return self._jitted()(*args, **kwargs)
 
-    return call
+    def lower(self, *args):
+        """Return what `compile()` makes the program of that `__call__` runs with such arguments."""
+        return self._jitted().lower(*args)
+
+
+def compile_together(*calls: tuple[compiled, Sequence]) -> None:
+    """Compile functions for their arguments, all at the same time, so that the first calls needn't one after the other.
+
+    Compilers work on one core each.
+    """
+    with ThreadPoolExecutor(max(len(calls), 1)) as pool:
+        # Tracing takes the interpreter's lock, compilation doesn't.
+        for program in [pool.submit(function.lower(*args).compile) for function, args in calls]:
+            program.result()
 
 
 def as_floats(values: Any) -> Array:

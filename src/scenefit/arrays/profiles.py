@@ -37,10 +37,8 @@ right second moment."""
 COMPACT_RINGS = (0.9, 1.2)
 """Rings narrower than the first, in pixels, are evaluated in Fourier space, since samples of such narrow Gaussians hold
 aliases; wider ones than the second are sampled. In between, both count."""
-RINGS_AT_A_TIME = 4
-"""Rings whose images are added in one pass over the pixels."""
-ROWS_AT_A_TIME = 64
-"""Rows of an image whose derivatives are computed at a time, at most: all rings on them fit into a processor's cache."""
+ROWS_AT_A_TIME = 32
+"""Rows of an image that are computed at a time, at most: all rings on them fit into a processor's cache."""
 COMPACT_WINDOW = 128
 """Pixels a side on which narrow rings are evaluated, around their centre: enough for a model PSF of `WIDEST_PSF`."""
 WIDEST_PSF = 5.0
@@ -231,19 +229,11 @@ def _wide_rings(y, x, sigmas, weights, moments, psf_sigma):
 @jax.custom_jvp
 def _sum_of_gaussians(y, x, heights, a, b, c):
     """Return `sum_g heights[g] exp(-(a[g] y^2 + 2 b[g] y x + c[g] x^2))` on the grid y x x."""
-    y_square, product, x_square = _squares(y, x)
-    rings = jnp.stack([heights, a, b, c])
-    # Some at a time: a loop over single ones runs slower, and all at once take longer to compile.
-    rings = jnp.pad(rings, ((0, 0), (0, -len(heights) % RINGS_AT_A_TIME)))
-    blocks = rings.reshape(4, -1, RINGS_AT_A_TIME).transpose(1, 2, 0)
 
-    def add(image, block):
-        for height, a, b, c in block:
-            image = image + height * jnp.exp(-(a * y_square + 2 * b * product + c * x_square))
-        return image, None
+    def block(y):
+        return jnp.einsum("g,gyx->yx", heights, _gaussians(y, x, a, b, c))
 
-    image, _ = lax.scan(add, jnp.zeros_like(product), blocks)
-    return image
+    return lax.map(block, _row_blocks(y)).reshape(-1, len(x))[: len(y)]
 
 
 @_sum_of_gaussians.defjvp
@@ -254,6 +244,12 @@ def _sum_of_gaussians_jvp(primals, tangents):
 def _squares(y, x):
     """Return y^2, y x and x^2 on the grid."""
     return (y**2)[:, None], y[:, None] * x, (x**2)[None, :]
+
+
+def _gaussians(y, x, a, b, c):
+    """Return `exp(-(a[g] y^2 + 2 b[g] y x + c[g] x^2))` on the grid y x x, shape (ring, h, w)."""
+    forms, squares = (each[:, None, None] for each in (a, 2 * b, c)), _squares(y, x)
+    return jnp.exp(-sum(form * at for form, at in zip(forms, squares, strict=True)))
 
 
 def _gaussians_along(constants, tangents):
@@ -270,9 +266,7 @@ def _gaussians_along(constants, tangents):
     def block(part):
         y, y_dot = part
         y_square, product, x_square = _squares(y, x)
-        forms = (each[:, None, None] for each in (a, b, c))
-        gaussians = jnp.exp(-sum(form * at for form, at in zip(forms, (y_square, 2 * product, x_square), strict=True)))
-        sums = jnp.einsum("fg,gyx->fyx", factors, gaussians)
+        sums = jnp.einsum("fg,gyx->fyx", factors, _gaussians(y, x, a, b, c))
         of_height, of_a, of_b, of_c = jnp.moveaxis(sums[:-3].reshape(*leading, 4, *product.shape), -3, 0)
         moved = of_height + y_square * of_a + product * of_b + x_square * of_c
         along_y, along_x = sums[-3] * y[:, None] + sums[-2] * x, sums[-2] * y[:, None] + sums[-1] * x

@@ -19,7 +19,9 @@ from scenefit.infer import posterior, solvers
 from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
 from scenefit.infer.fit import FitResult, Status, linear_coordinates, matched
 from scenefit.infer.footprints import Footprints
+from scenefit.infer.information import information
 from scenefit.infer.problem import Problem, State
+from scenefit.infer.slopes import slopes_of_stamps, untied
 from scenefit.infer.solvers import SolverState
 from scenefit.model.parameters import Parameters
 from scenefit.model.scene import Scene
@@ -198,7 +200,9 @@ def _advance(problems: Problem, lanes: _Lane, where: Footprints, linear, limits,
             first = lane.num_steps == 0
             free = State(problem.free.vector & (linear | ~first), problem.free.images)
             part = eqx.tree_at(lambda p: p.free, problem, free)
-            carry, report = solvers.dense_step(part, lane.carry, where)
+            slopes = slopes_of_stamps(*untied(part, lane.carry.trial))
+            matrix = information(part, lane.carry.trial, where, slopes=slopes)
+            carry, report = solvers.dense_step(part, lane.carry, where, slopes, matrix)
             remaining = report.remaining
             done = ~first & report.accepted & (remaining < rtol)
             return _Lane(carry, lane.num_steps + 1, remaining, done)

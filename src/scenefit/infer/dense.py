@@ -18,7 +18,6 @@ from scenefit.infer.information import information
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import spread_curvature
-from scenefit.infer.slopes import StampSlopes
 from scenefit.model.scene import Scene
 
 MAX_COORDINATES, MAX_SIZE = 1000, 3 * 10**8
@@ -26,8 +25,8 @@ MAX_COORDINATES, MAX_SIZE = 1000, 3 * 10**8
 MAX_TURNS = 30
 """Changes of the set of coordinates at bounds at most, in the solution of a quadratic programme."""
 LONGEST_MOVE = 1.0
-"""Logarithms and logits of parameters change by at most this much in a step: where the maps saturate, the model wouldn't know
-the way back."""
+"""Logarithms and logits of parameters change by at most this much in a step, coordinates of ellipticities by this or this part of
+themselves: where the maps saturate, the model wouldn't know the way back."""
 LARGEST_STRETCH, SMALLEST_STEP = 4.0, 0.01
 """Of a source's curvature, from its last step; and how long, in standard deviations, that must have been to say anything."""
 SINGULAR = 1e-6
@@ -56,12 +55,12 @@ def dense_footprints(
     return where if max(size, of_stamps) <= MAX_SIZE else None
 
 
-def is_mapped(problem: Problem) -> np.ndarray:
-    """Return which coordinates are mapped to their parameters: logarithms, logits, ellipticities."""
-    mapped = np.zeros(len(problem.lowest.vector), bool)
+def coordinate_maps(problem: Problem) -> np.ndarray:
+    """Return how each coordinate is mapped to its parameter: see `Leaf.map`."""
+    maps = np.full(len(problem.lowest.vector), "identity")
     for leaf in problem.leaves:
-        mapped[leaf.start : leaf.stop] = leaf.map != "identity"
-    return mapped
+        maps[leaf.start : leaf.stop] = leaf.map
+    return maps
 
 
 def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -> Float[Array, "m m"]:
@@ -74,15 +73,9 @@ def potential_hessian(problem: Problem, state: State, index: Int[Array, " m"]) -
     return own + (vectors * jnp.maximum(values, 0.0)) @ vectors.T
 
 
-def hessian(
-    problem: Problem,
-    state: State,
-    where: Footprints,
-    kind: str = "score",
-    slopes: Sequence[StampSlopes] | None = None,
-) -> Float[Array, "m m"]:
-    """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`; parameters are those of `information`."""
-    return information(problem, state, where, kind, slopes) + potential_hessian(problem, state, where.index)
+def hessian(problem: Problem, state: State, where: Footprints) -> Float[Array, "m m"]:
+    """Return the Gauss-Newton Hessian of the loss along the coordinates `where.index`."""
+    return information(problem, state, where) + potential_hessian(problem, state, where.index)
 
 
 def dense_descent(
@@ -122,7 +115,7 @@ def dense_descent(
     unit = jnp.where(counts, 1 / jnp.sqrt(jnp.where(counts, diagonal, 1.0)), 0.0)
     scaled = matrix * unit[:, None] * unit + jnp.diag(jnp.where(counts, damping + SINGULAR, 1.0))
     safe = jnp.where(counts, unit, 1.0)
-    farthest = jnp.where(jnp.asarray(is_mapped(problem))[index], LONGEST_MOVE, jnp.inf)
+    farthest = _longest_moves(problem, state)[index]
     low = jnp.maximum(problem.lowest.vector[index] - state.vector[index], -farthest) / safe
     high = jnp.minimum(problem.highest.vector[index] - state.vector[index], farthest) / safe
     step, on_face = quadratic_program(scaled, slope * unit, jnp.where(counts, low, 0.0), jnp.where(counts, high, 0.0))
@@ -181,6 +174,14 @@ def stretched(
     found = 1 + by_group(secant.step * missing) / jnp.maximum(squared, SMALLEST_STEP**2)
     known = squared * length**2 > SMALLEST_STEP**2
     return secant.stretch.at[index].set(jnp.where(known, jnp.clip(found, 1.0, LARGEST_STRETCH), secant.stretch[index]))
+
+
+def _longest_moves(problem: Problem, state: State) -> Float[Array, " n"]:
+    """Return by how much each coordinate may change in a step."""
+    maps = coordinate_maps(problem)
+    # Far out on the plane of ellipticities, the axis ratio goes with the inverse of the coordinates.
+    length = jnp.where(maps == "disk", jnp.maximum(jnp.abs(state.vector), 1.0), 1.0)
+    return jnp.where(maps == "identity", jnp.inf, LONGEST_MOVE * length)
 
 
 class _Turn(eqx.Module):

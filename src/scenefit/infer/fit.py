@@ -12,13 +12,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from scenefit.arrays.box import Box
-from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compiled, make_room
+from scenefit.arrays.compilation import as_booleans, as_floats, as_integers, compile_together, compiled, make_room
 from scenefit.data.observation import Observation
 from scenefit.infer import posterior, solvers
 from scenefit.infer.dense import MAX_COORDINATES, dense_footprints
 from scenefit.infer.footprints import Footprints
+from scenefit.infer.information import information
 from scenefit.infer.problem import LINEAR_LEAVES, Problem, State
 from scenefit.infer.quadratic import curvature_probes
+from scenefit.infer.slopes import blank_slopes, stamp_slopes
 from scenefit.model.morphology import AbstractImageMorphology
 from scenefit.model.packing import component_box
 from scenefit.model.parameters import Parameters
@@ -104,7 +106,7 @@ class FitResult(eqx.Module):
 
 
 _step = compiled(solvers.gauss_newton_step)
-_dense_step = compiled(solvers.dense_step)
+_dense_step, _information = compiled(solvers.dense_step), compiled(information)
 
 
 def fit(
@@ -206,6 +208,18 @@ class _Run:
         self.carry = solvers.start(self.problem, state, dense=self.footprints is not None)
         self.linear_steps = LINEAR_STEPS if self.footprints is None else 1
         self.probes = curvature_probes(self.problem)
+        self.is_compiled = False
+
+    def compile(self, where: Footprints):
+        """Compile the parts of a step by the Hessian matrix: the one that takes longest first."""
+        at, slopes = (self.problem, self.carry.trial), blank_slopes(self.problem)
+        matrix = as_floats(np.zeros((len(where), len(where))))
+        compile_together(
+            (_dense_step, (self.problem, self.carry, where, slopes, matrix)),
+            (stamp_slopes, at),
+            (_information, (*at, where, "score", slopes)),
+        )
+        self.is_compiled = True
 
     def finish(self, bar) -> Status:
         """Step until converged, stalled, out of steps or interrupted."""
@@ -236,7 +250,7 @@ class _Run:
         careful = self.footprints is not None or near
         settled = as_floats(SETTLED[careful])
         if self.footprints is not None:
-            carry, report = _dense_step(problem, self.carry, self.footprints)
+            carry, report = self.dense_step(problem, self.footprints)
         else:
             carry, report = _step(problem, self.carry, self.probes, as_integers(iterations), settled)
         report = jax.device_get(report)
@@ -260,6 +274,14 @@ class _Run:
         bar.set_postfix(loss=f"{row['loss']:.6g}", remaining=f"{row['remaining']:.2g}")
         if self.callback is not None:
             self.callback(number, row)
+
+    def dense_step(self, problem: Problem, where: Footprints):
+        """Take a step by the Hessian matrix."""
+        if not self.is_compiled:
+            self.compile(where)
+        slopes = stamp_slopes(problem, self.carry.trial)
+        matrix = _information(problem, self.carry.trial, where, "score", slopes)
+        return _dense_step(problem, self.carry, where, slopes, matrix)
 
     def grow(self, remaining: float) -> bool:
         """Enlarge the stamps that light leaves, and start anew on these; return whether there were any."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Complex, Float
 from scenefit.arrays import fourier
 from scenefit.infer.footprints import Footprints, Pairs, block_size, own_leaves
 from scenefit.infer.problem import Image, Problem, State
-from scenefit.infer.slopes import StampSlopes, model_canvas, padded_gains, slopes_of_stamps, untied
+from scenefit.infer.slopes import StampSlopes, model_canvas, slopes_of_stamps, untied
 
 
 def information(
@@ -96,7 +96,13 @@ def _component_images(problem: Problem, state: State, where: Footprints, kind: s
 
     blank = [jnp.zeros((where.room * num_slots, *image.data.shape), image.data.dtype) for image in images]
     filled = lax.fori_loop(0, where.num_visits, step, blank)
-    return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled], padded_gains(slopes, num_slots)
+    return [part.reshape(-1, num_slots, *part.shape[1:]) for part in filled], _padded_gains(slopes, num_slots)
+
+
+def _padded_gains(slopes: Sequence[StampSlopes], num_slots: int) -> Float[Array, "member slot channel"]:
+    """Return the gains of all members, through all stacks, with so many slots."""
+    rows = [jnp.pad(each.gains, ((0, num_slots - len(each.gains)), (0, 0), (0, 0))) for each in slopes]
+    return jnp.concatenate([row.swapaxes(0, 1) for row in rows])
 
 
 def _along_spectrum(image: Image, kind: str, spectrum: Complex[Array, "channel k l"]) -> Callable:

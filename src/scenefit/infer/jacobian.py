@@ -25,13 +25,13 @@ from scenefit.infer.footprints import Footprints, covered_pixels, footprints, ow
 from scenefit.infer.posterior import Layout
 from scenefit.infer.problem import AMPLITUDES, Problem, State
 from scenefit.infer.quadratic import spread_curvature
-from scenefit.infer.slopes import StampSlopes, model_canvas, padded_gains, stamp_slopes, untied
+from scenefit.infer.slopes import StampSlopes, model_canvas, stamp_slopes, untied
 from scenefit.model.scene import Scene
 
 NEGLIGIBLE = 1e-5
 """Derivative images are cut to where they are larger than this fraction of their largest value."""
 SLOT_STEP = 8
-"""Slots whose derivatives are computed at a time come in multiples of this number: few distinct shapes."""
+"""Slots whose derivatives are computed at a time: always so many, since other numbers would be compiled anew."""
 ACHROMATIC = ("shift", "rotation")
 """Parameters of an observation that act on all channels; each number of the others acts on one."""
 
@@ -133,16 +133,17 @@ def _component_parts(problem, state, layout, scene, observations, where, slopes,
     starts = np.concatenate([[0], np.cumsum([len(stack.origin) for stack in problem.stacks])])
     numbers = np.array([starts[member.stack] + member.row for member in layout.members], int)
     places, color = np.asarray(where.places), np.asarray(where.color)
-    gains = np.asarray(padded_gains(slopes, places.shape[1]))
+    missing = [places.shape[1] - len(each.gains) for each in slopes]
+    gains = [np.pad(each.gains, ((0, more), (0, 0), (0, 0))) for each, more in zip(slopes, missing, strict=True)]
+    gains = np.concatenate(gains, axis=1).swapaxes(0, 1)
     counts = places < len(where)
     colors = [c for c in range(int(color.max(initial=0)) + 1) if counts[numbers[color[numbers] == c]].any()]
     for c in with_progress(colors, "errors of fluxes", progress):
         slots = np.flatnonzero(counts[numbers[color[numbers] == c]].any(axis=(0, 2)))
-        padded = np.pad(slots, (0, -len(slots) % SLOT_STEP), mode="edge")
-        images = jax.device_get(
-            _images_of_color(problem, state, slopes, where.color, as_integers(c), as_integers(padded))
-        )
-        for n, image in enumerate(images):
+        padded = np.pad(slots, (0, -len(slots) % SLOT_STEP), mode="edge").reshape(-1, SLOT_STEP)
+        groups = [_images_of_color(problem, state, slopes, where.color, as_integers(c), as_integers(g)) for g in padded]
+        for n, group in enumerate(zip(*jax.device_get(groups), strict=True)):
+            image = np.concatenate(group)
             channels = np.array(problem.images[n].renderer.channels)
             for member in np.nonzero(color[numbers] == c)[0]:
                 number, box = numbers[member], boxes[n][member]

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from scenefit.arrays.compilation import compiled
+from scenefit.arrays.compilation import as_floats, compiled
 from scenefit.arrays.stamps import add_stamps, first_indices
 from scenefit.infer.problem import Problem, State
 
@@ -113,6 +113,17 @@ def slopes_of_stamps(problem: Problem, state: State) -> list[StampSlopes]:
     return result
 
 
+def blank_slopes(problem: Problem) -> list[StampSlopes]:
+    """Return zeros in the shapes of `slopes_of_stamps`."""
+    result = []
+    for stack, count in zip(problem.stacks, slot_of_elements(problem)[1], strict=True):
+        members, *shape = stack.mask.shape
+        stamps = np.zeros((count, members, problem.canvas[0] if stack.bases else 1, *shape))
+        gains = np.zeros((count, members, problem.canvas[0]))
+        result.append(StampSlopes(stack.origin, as_floats(stamps), as_floats(gains)))
+    return result
+
+
 def model_canvas(problem: Problem, state: State, slopes: Sequence[StampSlopes]) -> Float[Array, "channel y x"]:
     """Return `Problem.model` from stamps that are known."""
     canvas = jnp.zeros(problem.canvas, state.vector.dtype)
@@ -125,9 +136,3 @@ def model_canvas(problem: Problem, state: State, slopes: Sequence[StampSlopes]) 
 def stamp_slopes(problem: Problem, state: State) -> list[StampSlopes]:
     """Return the derivatives of all stamps, one element of each component at a time, for every stack."""
     return slopes_of_stamps(*untied(problem, state))
-
-
-def padded_gains(slopes: list[StampSlopes], num_slots: int) -> Float[Array, "member slot channel"]:
-    """Return the gains of all members, through all stacks, with so many slots."""
-    rows = [jnp.pad(each.gains, ((0, num_slots - len(each.gains)), (0, 0), (0, 0))) for each in slopes]
-    return jnp.concatenate([row.swapaxes(0, 1) for row in rows])

@@ -10,7 +10,7 @@ if the loss has grown, the step is shortened instead of continued.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -19,13 +19,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_floats, as_integers
-from scenefit.infer.dense import dense_descent, hessian, stretched
+from scenefit.infer.dense import dense_descent, potential_hessian, stretched
 from scenefit.infer.descent import Descent, QuadraticModel, Secant
 from scenefit.infer.footprints import Footprints
 from scenefit.infer.gradient import residuals_and_gradient
 from scenefit.infer.problem import Problem, State
 from scenefit.infer.quadratic import combine, dot, image_curvature, prior_terms, select
-from scenefit.infer.slopes import slopes_of_stamps, untied
+from scenefit.infer.slopes import StampSlopes
 
 MAX_REJECTIONS = 4
 """Shortenings of a step, by 4 each, before it is computed anew with more damping."""
@@ -84,13 +84,13 @@ class StepReport(eqx.Module):
         Of the best state so far.
     accepted : bool
         Whether the last step's end was better than its beginning.
-    decrement : float
-        Decrease of the loss, by the quadratic model, from here to its minimum: what the next step reaches of it, and what
-        the conjugate gradients would still have found at their recent gain.
+    remaining : float
+        Distance to the minimum of the quadratic model in standard deviations, root mean square over the coordinates not held by
+        a bound that the data determine (a pixel counts by the data's share in its curvature). From the decrease of the loss:
+        what the next step reaches of it, and what the conjugate gradients would still have found at their recent gain.
+        Infinite, since unknown, if the step leads upwards.
     is_settled : bool
         Whether the conjugate gradients ended because little was left, not by their number.
-    num_determined : float
-        Coordinates not held by a bound that the data determine; a pixel counts by the data's share in its curvature.
     projected_gradient : float
         Root mean square, over these coordinates, of the projected gradient in units of the conditional standard
         deviations: the distance of a diagonal Newton step.
@@ -100,17 +100,10 @@ class StepReport(eqx.Module):
 
     loss: Float[Array, ""]
     accepted: Bool[Array, ""]
-    decrement: Float[Array, ""]
+    remaining: Float[Array, ""]
     is_settled: Bool[Array, ""]
-    num_determined: Float[Array, ""]
     projected_gradient: Float[Array, ""]
     num_products: Int[Array, ""]
-
-    @property
-    def remaining(self) -> Float[Array, ""]:
-        """Distance to the minimum in standard deviations; infinite, since unknown, if the step leads upwards."""
-        squared = 2 * self.decrement / jnp.maximum(self.num_determined, 1.0)
-        return jnp.where(squared >= 0, jnp.sqrt(jnp.maximum(squared, 0.0)), jnp.inf)
 
 
 def start(problem: Problem, state: State, *, dense: bool = False) -> SolverState:
@@ -178,19 +171,41 @@ def gauss_newton_step(
     return _step(problem, carry, 0.5 * dot(deviance, deviance) + potential, residual[0], descend)
 
 
-def dense_step(problem: Problem, carry: SolverState, where: Footprints) -> tuple[SolverState, StepReport]:
-    """Do as `gauss_newton_step`, with the Hessian matrix of all free coordinates (`dense.dense_footprints`)."""
+def dense_step(
+    problem: Problem,
+    carry: SolverState,
+    where: Footprints,
+    slopes: Sequence[StampSlopes],
+    matrix: Float[Array, "m m"],
+) -> tuple[SolverState, StepReport]:
+    """Do as `gauss_newton_step`, with the Hessian matrix of all free coordinates.
+
+    Parameters
+    ----------
+    problem : Problem
+    carry : SolverState
+        Of `start(..., dense=True)`.
+    where : Footprints
+        `dense.dense_footprints` of the problem.
+    slopes : list of StampSlopes
+        `stamp_slopes` of the problem at the trial state.
+    matrix : array
+        `information` there.
+
+    Returns
+    -------
+    SolverState, StepReport
+    """
     secant, state = carry.secant, carry.trial
     if secant is None:
         raise ValueError("dense_step wants the solver state of start(..., dense=True).")
-    slopes = slopes_of_stamps(*untied(problem, state))
     residual, deviance, gradient = residuals_and_gradient(problem, state, slopes)
     potential, prior_gradient, _ = prior_terms(problem, state)
     gradient = gradient + prior_gradient
 
     def descend(_, damping) -> Descent:
         stretch = stretched(secant, gradient, 0.25**carry.rejections, where)
-        expected = hessian(problem, state, where, slopes=slopes)
+        expected = matrix + potential_hessian(problem, state, where.index)
         return dense_descent(problem, state, expected, gradient, damping, where, stretch)
 
     return _step(problem, carry, 0.5 * dot(deviance, deviance) + potential, residual[0], descend)
@@ -214,14 +229,14 @@ def _step(problem: Problem, carry: SolverState, loss, residuals, descend: Callab
     length = jnp.where(restart, 0.0, 0.25**rejections)
     best, target = select(accepted, (state, full), (carry.best, carry.target))
     trial = problem.project(jax.tree.map(lambda b, t: b + length * (t - b), best, target))
-    determined = _num_determined(problem, descent)
+    determined = jnp.maximum(_num_determined(problem, descent), 1.0)
+    squared = 2 * (descent.decrement + descent.outstanding) / determined
     report = StepReport(
         loss=jnp.where(accepted, loss, carry.loss),
         accepted=accepted,
-        decrement=descent.decrement + descent.outstanding,
+        remaining=jnp.where(squared >= 0, jnp.sqrt(jnp.maximum(squared, 0.0)), jnp.inf),
         is_settled=descent.is_settled,
-        num_determined=determined,
-        projected_gradient=_scaled_gradient(problem, state, descent) / jnp.sqrt(jnp.maximum(determined, 1.0)),
+        projected_gradient=_scaled_gradient(problem, state, descent) / jnp.sqrt(determined),
         num_products=descent.num_products + 1,
     )
     following = SolverState(

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scenefit.arrays.compilation import as_booleans, as_floats, compiled
-from scenefit.infer.dense import hessian, is_mapped
+from scenefit.infer.dense import coordinate_maps, hessian
 from scenefit.infer.footprints import Footprints
 from scenefit.infer.inverse import covariance_of, undetermined_names
 from scenefit.infer.posterior import Layout
@@ -129,12 +129,12 @@ def laplace_target(problem: Problem, state: State, layout: Layout, where: Footpr
     index = np.asarray(where.index)
     gauss_newton += np.diag(_of_amplitudes(problem)[index] / LARGEST_SPREAD**2)
     # Where a map saturates, the data say nothing, but the density of the coordinate falls off like its volume.
-    gauss_newton += np.diag(is_mapped(problem)[index] / SATURATED_SPREAD**2)
+    gauss_newton += np.diag((coordinate_maps(problem)[index] != "identity") / SATURATED_SPREAD**2)
     covariance = covariance_of(gauss_newton)
     sigma = np.sqrt(np.diag(covariance))
     if not np.isfinite(sigma).all():
         _raise_undetermined(problem, layout, index, gauss_newton)
-    mapped = is_mapped(problem)[index]
+    mapped = coordinate_maps(problem)[index] != "identity"
     low = np.where(mapped, -np.inf, np.asarray(problem.lowest.vector, float)[index])
     high = np.where(mapped, np.inf, np.asarray(problem.highest.vector, float)[index])
     value = np.asarray(state.vector, dtype=float)[index]

@@ -11,12 +11,12 @@ from scipy import ndimage
 from scenefit.arrays.box import Box
 from scenefit.arrays.peaks import find_peaks, refine_peak
 from scenefit.arrays.profiles import sersic_b
-from scenefit.data.observation import Observation
 from scenefit.infer.fit import FitResult
 from scenefit.model.morphology import SersicMorphology, parameter_values
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
 from scenefit.sky.frame import pixel_map
+from scenefit.survey.deblend import deblend
 from scenefit.survey.envelopes import channel_shares, columns, psf_image, solve_nonnegative
 
 CLUMP_ROUNDS, CLUMP_SIGNIFICANCE = 4, 4.0
@@ -38,7 +38,7 @@ def find_clumps(result: FitResult, sigma: float) -> dict[str, tuple[np.ndarray, 
         By source: offsets (y, x) from its center in model pixels, and shares in its light.
     """
     (obs,), scene = result.observations, result.scene
-    view = _SharpView(obs, scene)
+    view = _SharpView(result)
     core = float(obs.psf.effective_sigma.min())
     sources = single_sources(scene)
     hosts = {name: source for name, source in sources.items() if isinstance(source.morphology, SersicMorphology)}
@@ -117,11 +117,12 @@ class _Clumps(NamedTuple):
 class _SharpView:
     """An image, the mean of its channels, with what profiles and points look like on it."""
 
-    def __init__(self, obs: Observation, scene: Scene):
-        self.obs, self.scene, self.share = obs, scene, channel_shares(obs)
+    def __init__(self, result: FitResult):
+        (obs,) = result.observations
+        self.name, self.share, self.deblended = obs.name, channel_shares(obs), deblend(result, progress=False)
         self.seen = obs.compared[self.share > 0].all(axis=0)
         self.psf, self.area = psf_image(obs, np.eye(2)), Box((obs.shape[1], obs.shape[2]))
-        self.data = self._mean(np.where(self.seen, obs.data - obs.render(scene), 0.0))
+        self.data = self._mean(np.where(self.seen & obs.compared, self.deblended.residuals[obs.name], 0.0))
         self.profiles: dict[str, np.ndarray] = {}
 
     def _mean(self, planes):
@@ -130,8 +131,7 @@ class _SharpView:
     def profile(self, name: str) -> np.ndarray:
         """Return the image of a source's profile."""
         if name not in self.profiles:
-            alone = self.obs.render(self.scene.evaluate([name])) - self.obs.background_image()
-            self.profiles[name] = self._mean(alone)
+            self.profiles[name] = self._mean(self.deblended.image(name, self.name))
         return self.profiles[name]
 
     def point(self, pixel: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from scenefit.arrays.box import Box
-from scenefit.arrays.compilation import as_floats
+from scenefit.arrays.compilation import as_floats, compiled
+from scenefit.data.abstractnoise import AbstractNoise
 from scenefit.data.observation import Observation
 from scenefit.model.scene import Scene
 from scenefit.survey.deblend import Cutout, source_cutouts, total_image, unit_images
@@ -100,9 +101,15 @@ def _squares(obs: Observation, rendered: np.ndarray) -> tuple[np.ndarray, np.nda
     """Return squares of whitened residuals, and which of them are independent numbers, shape (channel, y, x)."""
     seen, unit = obs.on_frame(), obs.noise.level()[:, None, None]
     residual = np.where(seen.noise.valid, obs.data - rendered, 0.0) / unit
-    whitened = np.asarray(seen.noise.scaled(obs.noise.level()).whiten(as_floats(residual)), float)
+    whitened = np.asarray(_whitened(seen.noise.scaled(obs.noise.level()), as_floats(residual)), float)
     modes = np.asarray(seen.noise.modes)
     return np.where(modes, whitened, 0.0) ** 2, modes
+
+
+@compiled
+def _whitened(noise: AbstractNoise, residual):
+    """Return `noise.whiten(residual)`."""
+    return noise.whiten(residual)
 
 
 def _footprint(cutout: Cutout, total: np.ndarray) -> np.ndarray:
