@@ -173,8 +173,8 @@ def test_an_image_on_top_of_a_smooth_profile(kind):
     total = sum(float(part.spectrum.flux[0]) for part in parts.values())
     # 6 %: light that non-negative values take from the noise, and four times the error of a sum over 27 x 27 pixels, 110.
     assert total == pytest.approx(GALAXY_FLUX, rel=0.06)
-    # Knots, of a tenth of the flux each at offsets (1.6, 4.3) and (3.1, -3.2), stand out against the mirrored places. The prior is
-    # smooth, but leaves more than half of their light within 3 x 3 pixels.
+    # Knots, of a tenth of the flux each at offsets (1.6, 4.3) and (3.1, -3.2), stand out against the mirrored places. The prior
+    # is smooth, but leaves more than half of their light within 3 x 3 pixels.
     image = extra.with_values(parts["rest"].morphology.values).evaluate(None, None, None)
     image = float(parts["rest"].spectrum.flux[0]) * np.asarray(image)
     for y, x in ((15, 17), (16, 10)):
