@@ -118,8 +118,8 @@ def blank_slopes(problem: Problem) -> list[StampSlopes]:
     result = []
     for stack, count in zip(problem.stacks, slot_of_elements(problem)[1], strict=True):
         members, *shape = stack.mask.shape
-        stamps = np.zeros((count, members, problem.canvas[0] if stack.bases else 1, *shape))
-        gains = np.zeros((count, members, problem.canvas[0]))
+        stamps = np.broadcast_to(0.0, (count, members, problem.canvas[0] if stack.bases else 1, *shape))
+        gains = np.broadcast_to(0.0, (count, members, problem.canvas[0]))
         result.append(StampSlopes(stack.origin, as_floats(stamps), as_floats(gains)))
     return result
 
