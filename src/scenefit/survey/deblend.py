@@ -158,7 +158,7 @@ def deblend(
         raise ValueError(f"Observation names must be distinct; {', '.join(map(repr, repeated))} repeat(s).")
     matched = {obs.name: obs.match(scene.frame) if obs.renderer is None else obs for obs in observations}
     images = unit_images(scene, list(scene.sources), scene.stamps())
-    model = total_image(scene.frame, [(each.box, each.image * each.unit[:, None, None]) for each in images.values()])
+    model = total_image(scene.frame, [(each.box, each.light) for each in images.values()])
     chosen = {name: images[name] for name in names}
     cutouts = {name: source_cutouts(scene, obs, chosen, progress) for name, obs in matched.items()}
     residuals = {name: np.where(obs.compared, obs.data - obs.render(model), np.nan) for name, obs in matched.items()}
@@ -180,6 +180,11 @@ class UnitImage(eqx.Module):
     box: Box
     image: np.ndarray
     unit: np.ndarray
+
+    @property
+    def light(self) -> np.ndarray:
+        """Flux per pixel, shape (channel, h, w)."""
+        return self.image * self.unit[:, None, None]
 
 
 def unit_images(

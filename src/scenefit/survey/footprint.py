@@ -68,7 +68,7 @@ def measure_footprints(
     """
     names = list(scene.sources)
     images = unit_images(scene, names, stamps)
-    model = total_image(scene.frame, [(each.box, each.image * each.unit[:, None, None]) for each in images.values()])
+    model = total_image(scene.frame, [(each.box, each.light) for each in images.values()])
     shape = (len(names), len(scene.frame.channels))
     own, shared, chi_square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     seen, num_pixels = np.zeros(shape), np.zeros(shape, int)
