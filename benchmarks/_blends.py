@@ -8,8 +8,12 @@ import subprocess
 import sys
 
 import numpy as np
+import numpyro.distributions as dist
 from astropy.coordinates import SkyCoord
 from scipy.optimize import linear_sum_assignment
+
+import scenefit as sf
+from scenefit.model.parameters import ENVELOPE_SCATTER
 
 RADIUS = 0.15
 """Distance in arcsec within which a source is found."""
@@ -62,6 +66,15 @@ def simulate(simulator: pathlib.Path, folder: pathlib.Path, seeds: range) -> lis
         command = [sys.executable, simulator, paths[-1], *options, "--offset", 0.03, -0.02]
         subprocess.run([str(each) for each in command], check=True, stdout=subprocess.DEVNULL)
     return paths
+
+
+def with_prior_width(parameters: sf.Parameters, scene: sf.Scene, width: float) -> sf.Parameters:
+    """Return the parameters with priors of free pixels of another standard deviation, in units of their envelope."""
+    for name in scene.sources:
+        path = f"sources.{name}.morphology.image"
+        prior = parameters.table[path].prior
+        parameters = parameters.prior(path, dist.Normal(prior.loc, width / ENVELOPE_SCATTER * prior.scale))
+    return parameters
 
 
 def pairs(truth: SkyCoord, found: SkyCoord) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Photometry of simulated blends, from files to a catalogue, against the truth and against the photometric limit.
 
-    python blend_photometry.py FOLDER_OR_FILES ... [--detect] [--list] [--json]
+    python blend_photometry.py FOLDER_OR_FILES ... [--detect] [--model auto|pixel|starlet] [--prior-width WIDTH] [--list] [--json]
     python blend_photometry.py --fields 20 --simulator make_blend.py [--first-seed 100] [--json]
 
 Without files and simulator it says so and measures nothing.
@@ -9,6 +9,8 @@ Every file holds images of a space and a ground camera as `sf.read_observations`
 (CATALOG), their magnitudes (TRUTH) and the image of each alone without noise (SRC_HST, SRC_HSC). All is done as `scenefit fit`
 does it: noise measured where it is correlated, families chosen, offset of the ground camera fitted. With `--detect` the positions
 are not given; completeness and purity of the catalogue are then those of `detection.py`, after the fit has moved its sources.
+`--model` takes free images for all sources, and `--prior-width` replaces the standard deviation of the prior of free pixels, in
+units of their envelope.
 
 The limit is a linear fit of fluxes with the true images of all sources: the error that is left if every shape is known. The
 isolated half of all sources is that with the least light of others within their own (weighted with it, in i from the ground).
@@ -25,12 +27,13 @@ import warnings
 
 import astropy.units as u
 import numpy as np
-from _blends import LEAST_SNR, add_blends, blends, is_wanted, pairs
+from _blends import LEAST_SNR, add_blends, blends, is_wanted, pairs, with_prior_width
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
 
 import scenefit as sf
+from scenefit.model.parameters import ENVELOPE_SCATTER
 
 CHANNELS = ("F814W", "g", "r", "i", "z", "y")
 OUTLIER = 0.5
@@ -60,19 +63,36 @@ def limit(hdus, truth) -> tuple[np.ndarray, np.ndarray]:
     return errors, (own * others).sum(axis=(1, 2)) / (own**2).sum(axis=(1, 2))
 
 
-def measure(path: pathlib.Path, detect: bool) -> dict:
+def of_starlets(scene: sf.Scene) -> sf.Scene:
+    """Return a scene of free pixels with starlets instead, about the same envelopes."""
+    sources = {}
+    for name, source in scene.sources.items():
+        old = source.morphology
+        new = sf.StarletMorphology.from_image(old.image, anchor=old.anchor, envelope=old.envelope)
+        sources[name] = sf.Source(source.center, source.spectrum, new)
+    return sf.Scene(scene.frame, sources)
+
+
+def measure(path: pathlib.Path, detect: bool, model: str = "auto", width: float = ENVELOPE_SCATTER) -> dict:
     """Fit one field and compare with the truth; NaN for sources that weren't found."""
     with fits.open(path) as hdus:
         truth = Table(hdus["TRUTH"].data)
         limits, overlap = limit(hdus, truth)
         sky = SkyCoord(truth["ra"], truth["dec"], unit=u.deg)
         wanted, _ = is_wanted(sky, hdus["SRC_HST"].data)
+        header = hdus[0].header
+        offset = np.array([header["OFF_E"], header["OFF_N"]])
     start = time.perf_counter()
     observations = [sf.CorrelatedObservation.if_correlated(o, progress=False) for o in sf.read_observations(path)]
     frame = sf.Frame.from_observations(observations)
     positions = None if detect else sf.read_catalog(Table.read(path, hdu="CATALOG"))[0]
-    scene = sf.initialize(frame, observations, positions, progress=False)
+    scene = sf.initialize(
+        frame, observations, positions, model="pixel" if model == "starlet" else model, progress=False
+    )
+    scene = of_starlets(scene) if model == "starlet" else scene
     parameters = sf.Parameters.default(scene, observations).free("observations.HSC.astrometry.shift")
+    if width != ENVELOPE_SCATTER:
+        parameters = with_prior_width(parameters, scene, width)
     result = sf.fit(scene, observations, parameters, progress=False)
     table = sf.catalog(result, progress=False)
     seconds = time.perf_counter() - start
@@ -88,6 +108,7 @@ def measure(path: pathlib.Path, detect: bool) -> dict:
         "seconds": seconds,
         "steps": result.num_steps,
         "status": result.status.name,
+        "offset_mas": 1e3 * (result.observations[-1].astrometry.shift - offset),
         "kinds": [str(kind).strip() for kind in truth["kind"]],
         "magnitudes": np.asarray(truth["mag_i"], float),
         "error": error,
@@ -104,14 +125,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_blends(parser)
     parser.add_argument("--detect", action="store_true", help="find the sources, instead of taking their positions")
+    parser.add_argument(
+        "--model", choices=("auto", "pixel", "starlet"), default="auto", help="what sources are made of"
+    )
+    parser.add_argument(
+        "--prior-width", type=float, default=ENVELOPE_SCATTER, help="of free pixels, with --model pixel"
+    )
     parser.add_argument("--list", action="store_true", help="print the errors of every source")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments = parser.parse_args()
+    if arguments.prior_width != ENVELOPE_SCATTER and arguments.model != "pixel":
+        parser.error("--prior-width wants --model pixel")
     fields = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for path in blends(parser, arguments, pathlib.Path(folder)):
-            field = measure(path, arguments.detect)
+            field = measure(path, arguments.detect, arguments.model, arguments.prior_width)
             fields.append(field)
             print(
                 f"{field['field']}: {len(field['kinds'])} sources, {field['steps']} steps, {field['seconds']:.1f} s",
@@ -134,6 +163,7 @@ def main():
         "seconds": float(np.median([field["seconds"] for field in fields])),
         "first_seconds": fields[0]["seconds"],
         "not_converged": sum(field["status"] != "CONVERGED" for field in fields),
+        "offset_error_mas": float(np.median(np.abs([field["offset_mas"] for field in fields]))),
     }
     print(
         "channel  median|error|  limit  MAD sigma  limit  beyond 0.5 mag  pulls  isolated: median|error|, of the limit"
@@ -157,7 +187,8 @@ def main():
     print(
         f"g - i: MAD sigma {figures['g_i']['mad_sigma']:.4f} (limit {figures['g_i']['limit']:.4f}); {figures['found']} of "
         f"{figures['sources']} sources, {figures['false']} false; {figures['seconds']:.1f} s a field, the first "
-        f"{figures['first_seconds']:.1f} s; {figures['not_converged']} not converged"
+        f"{figures['first_seconds']:.1f} s; {figures['not_converged']} not converged; median error of a component "
+        f"of the offset of the ground camera {figures['offset_error_mas']:.2f} mas"
     )
     if arguments.detect:
         print(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import make_demo_field as demo
 import numpy as np
-import numpyro.distributions as dist
+from _blends import with_prior_width
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 
@@ -66,15 +66,6 @@ def read(path: str) -> tuple[list[sf.Observation], SkyCoord, np.ndarray]:
     """Return observations, positions and the offset of the last observation of a file."""
     header = fits.getheader(path)
     return sf.read_observations(path), sf.read_catalog(path)[0], np.array([header["OFF_E"], header["OFF_N"]])
-
-
-def with_prior_width(parameters: sf.Parameters, scene: sf.Scene, width: float) -> sf.Parameters:
-    """Return the parameters with priors of free pixels of another width, in units of the default one's envelope."""
-    for name in scene.sources:
-        path = f"sources.{name}.morphology.image"
-        prior = parameters.table[path].prior
-        parameters = parameters.prior(path, dist.Normal(prior.loc, width / ENVELOPE_SCATTER * prior.scale))
-    return parameters
 
 
 def measure(

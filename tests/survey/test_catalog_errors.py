@@ -11,8 +11,9 @@ from scenefit.arrays.profiles import sersic_b
 from scenefit.infer import posterior
 from scenefit.infer.fit import FitResult, Status
 from scenefit.infer.slopes import stamp_slopes
-from scenefit.survey.measure import measure_shapes
-from scenefit.survey.sensitivity import shape_slopes
+from scenefit.survey.measure import FRACTIONS, measure_shapes
+from scenefit.survey.radii import light_radii
+from scenefit.survey.sensitivity import NUM_MEASURES, shape_slopes
 from tests.correlations import CORRELATIONS, covariance_of
 from tests.helpers import tangent_wcs
 
@@ -92,8 +93,8 @@ def step_of(path):
     return 0.5 if path.endswith("background") else 0.01 if path.endswith(("ellipticity", "shift")) else 0.04
 
 
-def circular_radius(radius, index, ellipticity):
-    """Return the radius of the circle that holds half the light of an elliptical Sersic profile.
+def circular_radius(radius, index, ellipticity, fraction):
+    """Return the radius of the circle that holds a fraction of the light of an elliptical Sersic profile.
 
     A ray at an angle leaves the circle on the ellipse of circularised radius R / |A u|, with the map A from circles to ellipses.
     """
@@ -103,15 +104,14 @@ def circular_radius(radius, index, ellipticity):
     stretch = np.hypot(np.cos(angle) / np.sqrt(ratio), np.sin(angle) * np.sqrt(ratio))
 
     def excess(limit):
-        return (
-            scipy.special.gammainc(2 * index, sersic_b(index) * (limit / stretch / radius) ** (1 / index)).mean() - 0.5
-        )
+        growth = scipy.special.gammainc(2 * index, sersic_b(index) * (limit / stretch / radius) ** (1 / index))
+        return growth.mean() - fraction
 
-    return scipy.optimize.brentq(excess, 0.2 * radius, 3 * radius)
+    return scipy.optimize.brentq(excess, 0.1 * radius, 10 * radius)
 
 
 def truth_of(values):
-    """Return fluxes (g, r), y, x, ra, dec, radius, axis ratio and angle of both sources from the parameters, shape (18,).
+    """Return fluxes (g, r), y, x, ra, dec, radii, axis ratio and angle of both sources from the parameters, shape (22,).
 
     The axis ratio is the model's own: that of the matching Gaussian is the same for the Gaussian galaxy alone.
     """
@@ -125,14 +125,15 @@ def truth_of(values):
         norm = np.hypot(*ellipticity)
         # x points west, y north.
         result += [*flux, *center, -SHARP_SCALE * center[1], SHARP_SCALE * center[0]]
-        result += [SHARP_SCALE * circular_radius(radius, float(index), ellipticity), np.sqrt((1 - norm) / (1 + norm))]
+        result += [SHARP_SCALE * circular_radius(radius, float(index), ellipticity, each) for each in FRACTIONS]
+        result += [np.sqrt((1 - norm) / (1 + norm))]
         # East of north: clockwise from x.
         result += [-np.rad2deg(0.5 * np.arctan2(ellipticity[1], ellipticity[0]))]
     return np.array(result)
 
 
-COLUMNS = ["flux_err_g", "flux_err_r", "y_err", "x_err", "ra_err", "dec_err", "half_light_radius_err"]
-COLUMNS += ["axis_ratio_err", "position_angle_err"]
+COLUMNS = ["flux_err_g", "flux_err_r", "y_err", "x_err", "ra_err", "dec_err"]
+COLUMNS += ["half_light_radius_err", "r80_err", "r90_err", "axis_ratio_err", "position_angle_err"]
 
 
 def errors_in(table, columns=tuple(COLUMNS)):
@@ -167,10 +168,10 @@ def test_errors_are_those_of_the_dense_covariance(size, name):
     pixels[: size**2] = np.linalg.solve(factor, pixels[: size**2])
     covariance = np.linalg.inv(pixels.T @ pixels)
     slopes = differences(truth_of, values, lambda path: 0.01 * step_of(path))
-    slopes[16] = differences(lambda moved: ratios(with_values(result, moved)), values, step_of)[1]
+    slopes[20] = differences(lambda moved: ratios(with_values(result, moved)), values, step_of)[1]
     expected = np.sqrt(np.einsum("qi,ij,qj->q", slopes, covariance, slopes))
     found = errors_in(sf.catalog(result, model_error=False, progress=False))
-    # 2e-2: the radius is measured from pixels, its errors have been within 7e-3; all others within 2e-3.
+    # 2e-2: radii are measured from pixels, their errors have been within 7e-3; all others within 2e-3.
     np.testing.assert_allclose(found, expected, rtol=0.02)
     together = sf.catalog_covariance(result, model_error=False, progress=False)
     names = [(source, column.replace("_err", "", 1)) for source in ("galaxy", "disk") for column in COLUMNS]
@@ -225,7 +226,12 @@ def test_slopes_of_sums_of_parts_are_finite_differences_of_the_measurement():
 
     def measured(scene):
         shapes = measure_shapes(scene, weights)
-        rows = [[*s.center, *s.moments[[0, 0, 1], [0, 1, 1]], s.half_light_radius**2] for s in shapes]
+        known = as_result(scene, observations, parameters)
+        outer = light_radii(known, shapes, weights, FRACTIONS[1:], scene.stamps())
+        rows = [
+            [*each.center, *each.moments[[0, 0, 1], [0, 1, 1]], *np.square([each.half_light_radius, *own])]
+            for each, own in zip(shapes, outer, strict=True)
+        ]
         return np.array(rows).ravel()
 
     changes, shapes = stamp_slopes(problem, state), measure_shapes(scene, weights)
@@ -244,16 +250,18 @@ def test_slopes_of_sums_of_parts_are_finite_differences_of_the_measurement():
                 moved[coordinate] += sign * step * unit
                 at = posterior.State(jax.numpy.asarray(moved), state.images)
                 ends.append(measured(posterior.unpack(problem, at, layout, scene, result.observations)[0]))
-            return ((ends[0] - ends[1]) / (2 * step)).reshape(-1, 6)
+            return ((ends[0] - ends[1]) / (2 * step)).reshape(-1, NUM_MEASURES)
 
-        slopes = unit * found[:, coordinate].reshape(-1, 6)
+        slopes = unit * found[:, coordinate].reshape(-1, NUM_MEASURES)
         # Second order, and moments that are iterated to 1e-5 of some ten pixels squared.
         np.testing.assert_allclose(slopes[:, :5], slopes_of(0.03)[:, :5], rtol=5e-3, atol=1e-2)
         # The curve of growth from pixels goes in waves of a tenth of a pixel squared; the second order of long steps is 3 %.
         np.testing.assert_allclose(slopes[:, 5], slopes_of(0.2)[:, 5], rtol=0.05, atol=0.3)
+        # Radii of profiles, of which the PSF is taken out.
+        np.testing.assert_allclose(slopes[:, 6:], slopes_of(0.03)[:, 6:], rtol=0.05, atol=0.3)
         checked |= set(np.nonzero(np.abs(slopes).max(axis=1))[0])
     assert checked == {0, 1, 2}
-    assert found.shape == (18, len(vector))
+    assert found.shape == (3 * NUM_MEASURES, len(vector))
 
 
 def test_what_is_fixed_free_or_unknown():
@@ -278,11 +286,11 @@ def test_what_is_fixed_free_or_unknown():
     assert np.isnan(rows["pixels"][1:]).all()
     np.testing.assert_array_equal(rows["dark"][1:5], np.inf)
     assert np.isnan(rows["dark"][5:]).all()
-    assert (rows["round"][:7] > 0).all()
+    assert (rows["round"][:9] > 0).all()
     # That of a uniform distribution over half a turn.
-    assert rows["round"][7] == pytest.approx(180 / np.sqrt(12))
+    assert rows["round"][9] == pytest.approx(180 / np.sqrt(12))
     assert (rows["star"][1:5] > 0).all()
-    assert rows["star"][5] == 0
+    np.testing.assert_array_equal(rows["star"][5:8], 0)
 
 
 def test_pulls_have_unit_width():

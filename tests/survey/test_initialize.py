@@ -1,3 +1,4 @@
+import types
 import warnings
 
 import astropy.units as u
@@ -325,3 +326,35 @@ def test_a_fit_from_the_start_recovers_the_blend(frame, observations, positions)
         np.testing.assert_allclose(measured, [galaxy.flux[c] for c in frame.channels], rtol=0.1)
     # Chi-square of 2088 pixels on the frame at most, fewer than that by what the pixels take up.
     assert 0.75 * 1900 < 2 * result.loss < 1.1 * 2112
+
+
+def test_a_detection_without_light_is_left_out(monkeypatch):
+    """Two sources, one that only the blurrier camera sees, and a place where there is nothing, as if all had been detected."""
+    shape, places = (80, 90), np.array([[25.0, 22.0], [50.0, 60.0], [20.0, 66.0], [60.0, 20.0]])
+    rng = np.random.default_rng(11)
+
+    def camera(name, sigma, fluxes):
+        y, x = np.mgrid[: shape[0], : shape[1]]
+        data = rng.normal(size=shape)
+        for (row, column), flux in zip(places, fluxes, strict=True):
+            data += flux / (2 * np.pi * sigma**2) * np.exp(-0.5 * ((y - row) ** 2 + (x - column) ** 2) / sigma**2)
+        return Observation(data, sigma=1.0, psf=GaussianPSF(sigma), channels=name, name=name)
+
+    observations = [camera("i", 1.5, [900.0, 600.0, 0.0, 0.0]), camera("y", 3.0, [900.0, 600.0, 400.0, 0.0])]
+    frame = Frame.from_observations(observations)
+
+    def found(positions, observations):
+        detections = types.SimpleNamespace(positions=positions)
+        monkeypatch.setattr("scenefit.survey.initialize.detect", lambda *args, **kwargs: detections)
+        return initialize(frame, observations, progress=False)
+
+    with pytest.warns(UserWarning, match=r"1 of 4 detected sources had no significant light"):
+        scene = found(places, observations)
+    centers = np.array([source.center for source in scene.sources.values()])
+    np.testing.assert_allclose(centers, places[:3], atol=1.0)
+    assert list(scene.sources) == ["0", "1", "2"]
+    # Positions that are given stay.
+    assert len(initialize(frame, observations, places, progress=False).sources) == 4
+    dark = [camera("i", 1.5, np.zeros(4)), camera("y", 3.0, np.zeros(4))]
+    with pytest.warns(UserWarning, match=r"2 of 2 detected"):
+        assert len(found(places[:2], dark).sources) == 0

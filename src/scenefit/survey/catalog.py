@@ -28,17 +28,13 @@ from scenefit.sky.frame import Channel, Frame
 from scenefit.survey.columns import describe
 from scenefit.survey.flags import Flag, catalog_flags
 from scenefit.survey.footprint import FootprintMeasures, measure_footprints
-from scenefit.survey.measure import default_channel_weights, measure_shapes
+from scenefit.survey.measure import FRACTIONS, INNER_FRACTION, default_channel_weights, measure_shapes, radius_name
 from scenefit.survey.modelerror import flux_model_errors
 from scenefit.survey.radii import light_radii
 from scenefit.survey.sensitivity import shape_slopes
-from scenefit.survey.skyshapes import NUM_COLUMNS, sky_shapes
+from scenefit.survey.skyshapes import SHAPE_NAMES, sky_shapes
 from scenefit.survey.stars import sharpest_area, star_scores
 
-FRACTIONS = (0.2, 0.5, 0.8, 0.9)
-"""Of the light, whose radii are measured."""
-SHAPE_NAMES = ("y", "x", "ra", "dec", "half_light_radius", "axis_ratio", "position_angle")
-"""Columns of positions and shapes that have errors, in the order of the slopes of `sky_shapes`."""
 UNKNOWN_ANGLE = float(180 / np.sqrt(12))
 """Standard deviation, in degrees, of a position angle of which nothing is known; no error is larger."""
 
@@ -89,7 +85,7 @@ class CatalogCovariance(eqx.Module):
     ----------
     names : tuple of (str, str)
         Source and column of every row of the matrix: `flux_CH` of every channel, `y`, `x`, `ra`, `dec`, `half_light_radius`,
-        `axis_ratio`, `position_angle`.
+        `r80`, `r90`, `axis_ratio`, `position_angle`.
     matrix : array, shape (q, q)
         In the units of the table's errors (`ra` and `dec` in arcsec on the sky). Where an error is infinite so is the variance,
         and its covariances are 0; NaN with what has no error.
@@ -159,7 +155,7 @@ def catalog_covariance(result: FitResult, *, model_error: bool = True, progress:
 class _Measured(NamedTuple):
     """A catalogue; fluxes and their errors without and of models alone, shape (source, channel).
 
-    Derivatives of fluxes (source, channel), then shapes (source, 7); coordinates and their covariance.
+    Derivatives of fluxes (source, channel), then shapes (source, column); coordinates and their covariance.
     """
 
     table: QTable
@@ -184,9 +180,9 @@ def _measure(result: FitResult, model_error: bool, progress: bool) -> _Measured:
     weights = default_channel_weights(scene) if weights is None else weights
     shapes = measure_shapes(scene, weights, progress, stamps=stamps)
     ratio, angle, slopes = sky_shapes(shapes, frame)
+    radii = light_radii(result, shapes, weights, (*FRACTIONS, INNER_FRACTION), stamps, progress)
     slopes = slopes @ shape_slopes(problem, layout, changes, scene, stamps, shapes, weights, progress)
     scale = 1.0 if frame.wcs is None else frame.pixel_scale
-    radii = scale * light_radii(result, shapes, weights, FRACTIONS, stamps, progress)
     errors = _shape_errors(result, _standard_errors(slopes, problem, known))
     measures = measure_footprints(scene, result.observations, stamps, progress)
     of_model = flux_model_errors(scene, flux, measures.blendedness) if model_error else np.zeros(flux.shape)
@@ -197,19 +193,20 @@ def _measure(result: FitResult, model_error: bool, progress: bool) -> _Measured:
     is_calibrated = all(obs.flux_unit == "nJy" for obs in result.observations)
     _add_channels(table, frame.channels, flux, np.hypot(error, of_model), measures, is_calibrated)
     length = u.pix if frame.wcs is None else u.arcsec
-    half_light = _columns(FRACTIONS, radii)[0.5]
-    table["half_light_radius"] = half_light * length
-    table["half_light_radius_err"] = _radius_error(half_light, errors[:, 4]) * length
-    for fraction, radius in _columns(FRACTIONS, radii).items():
-        if fraction != 0.5:
-            table[f"r{100 * fraction:.0f}"] = radius * length
+    radii, squared_errors = scale * radii, dict(zip(SHAPE_NAMES, errors.T, strict=True))
+    for fraction, radius in zip(FRACTIONS, radii.T, strict=False):
+        name = radius_name(fraction)
+        table[name], table[f"{name}_err"] = radius * length, _radius_error(radius, squared_errors[name]) * length
+    table[radius_name(INNER_FRACTION)] = radii[:, -1] * length
     with np.errstate(invalid="ignore", divide="ignore"):
         table["concentration"] = 5 * np.log10(table["r80"] / np.where(table["r20"] > 0, table["r20"], np.nan)).value
         table["snr"] = np.sqrt(np.nansum(np.where(np.isfinite(error), flux / error, 0.0) ** 2, axis=1))
-    table["axis_ratio"], table["axis_ratio_err"] = ratio, errors[:, 5]
-    table["position_angle"], table["position_angle_err"] = angle * u.deg, errors[:, 6] * u.deg
+    table["axis_ratio"], table["axis_ratio_err"] = ratio, errors[:, -2]
+    table["position_angle"], table["position_angle_err"] = angle * u.deg, errors[:, -1] * u.deg
     psf_area = scale**2 * sharpest_area(frame, result.observations)
-    table["star_score"] = star_scores(half_light**2, errors[:, 4], psf_area)
+    table["star_score"] = star_scores(
+        table["half_light_radius"].value ** 2, squared_errors["half_light_radius"], psf_area
+    )
     has_data = np.isfinite(error).any(axis=0)
     table["masked_fraction"] = np.clip(1 - np.min(measures.seen[:, has_data], axis=1, initial=1.0), 0.0, 1.0)
     table["flux_correlation"] = correlation
@@ -221,11 +218,6 @@ def _measure(result: FitResult, model_error: bool, progress: bool) -> _Measured:
     table.meta["status"] = result.status.name
     slopes = scipy.sparse.vstack([flux_slopes, slopes], format="csr")
     return _Measured(table, flux, error, of_model, slopes, known)
-
-
-def _columns(names, values: np.ndarray) -> dict:
-    """Return the columns of an array by name."""
-    return dict(zip(names, values.T, strict=True))
 
 
 def _add_positions(table: QTable, frame: Frame, centers: np.ndarray, errors: np.ndarray):
@@ -436,9 +428,9 @@ def _standard_errors(slopes: scipy.sparse.csr_matrix, problem: Problem, known) -
 
 
 def _shape_errors(result: FitResult, errors: np.ndarray) -> np.ndarray:
-    """Return the errors of y, x, east, north, squared radius, axis ratio and angle, shape (source, 7)."""
-    errors = errors.reshape(-1, NUM_COLUMNS).copy()
-    errors[:, 6] = np.minimum(errors[:, 6], UNKNOWN_ANGLE)
+    """Return the errors of what `sky_shapes` has slopes of, shape (source, column)."""
+    errors = errors.reshape(-1, len(SHAPE_NAMES)).copy()
+    errors[:, -1] = np.minimum(errors[:, -1], UNKNOWN_ANGLE)
     for n, (name, source) in enumerate(result.scene.sources.items()):
         if any(_has_free_image(part, path, result) for path, part in source.components(f"sources.{name}")):
             errors[n] = np.nan

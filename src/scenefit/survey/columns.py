@@ -33,9 +33,11 @@ COLUMNS = {
         "phys.angSize;src.morph",
     ),
     "half_light_radius_err": Column("standard error", "stat.error;phys.angSize"),
-    "r20": Column("radius of the circle that holds 20 % of the light, as half_light_radius", "phys.angSize;src.morph"),
     "r80": Column("radius of the circle that holds 80 % of the light, as half_light_radius", "phys.angSize;src.morph"),
+    "r80_err": Column("standard error", "stat.error;phys.angSize"),
     "r90": Column("radius of the circle that holds 90 % of the light, as half_light_radius", "phys.angSize;src.morph"),
+    "r90_err": Column("standard error", "stat.error;phys.angSize"),
+    "r20": Column("radius of the circle that holds 20 % of the light, as half_light_radius", "phys.angSize;src.morph"),
     "concentration": Column("5 log10(r80 / r20); NaN where r20 is 0", "src.morph.param"),
     "axis_ratio": Column(
         "minor over major axis of the matching elliptical Gaussian, model PSF removed; NaN if there is no measurable size",

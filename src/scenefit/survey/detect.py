@@ -47,6 +47,8 @@ from scenefit.survey.search import Entry, Search, flux_information, search_in
 from scenefit.survey.significance import Layer
 from scenefit.survey.subtraction import RingShape, fit_fluxes, fit_shapes, middles, templates
 
+THRESHOLD = 5.0
+"""Significance from which on a peak counts, if no other is asked for."""
 SCALES = (0.0, 1.25, 2.5, 5.0)
 """Standard deviations of sources that are looked for, in units of that of the sharpest PSF; the last smooths clumps of galaxies
 away."""
@@ -68,7 +70,7 @@ def detect(
     observations: Sequence[Observation] | Observation,
     frame: Frame,
     *,
-    threshold: float = 5.0,
+    threshold: float = THRESHOLD,
     scales: Sequence[float] = SCALES,
     catalog: SkyCoord | np.ndarray | Table | None = None,
     scene: Scene | None = None,

@@ -21,8 +21,9 @@ from scenefit.survey.envelopes import RING_SIGMAS, Envelope, psf_width, ring_rad
 
 POINT_RADIUS = 0.75
 """A source of a smaller half-light radius, in widths of the sharpest PSF, is taken for a point."""
-UNSEEN_RADIUS = 4.0
-"""First half-light radius, in widths of the sharpest PSF, where that image has no data."""
+UNSEEN, UNSEEN_RADIUS = 3.0, 4.0
+"""Significance in the sharpest image below which a source has no shape there; and the first half-light radius, in widths of the
+PSF, of such ones, and where that image has no data."""
 SINGLE_INDEX, SINGLE_SIZE = (1.5, 0.8), 0.4
 """Sersic index of the first, single profiles: mean and standard deviation of the prior; width of that of the logarithm of the
 radius."""
@@ -60,8 +61,8 @@ def automatic_scene(
     envelopes: Mapping[str, Envelope],
     fluxes: np.ndarray,
     progress: bool = False,
-) -> Scene:
-    """Return a scene of the families that the sharpest image asks for, with priors.
+) -> tuple[Scene, dict[str, float]]:
+    """Return a scene of the families that the sharpest image asks for, with priors, and how significant its sources are there.
 
     Single Sersic profiles, or points, are fitted to the sharpest image. In what they leave, clumps are looked for
     (`scenefit.survey.clumps`). A source that isn't a point becomes a disk of index 1.1 +- 0.25, its clumps part of it, and a
@@ -81,8 +82,10 @@ def automatic_scene(
 
     Returns
     -------
-    Scene
+    scene : Scene
         Point: a `Source`. Disk alone: a `Source`. Disk and bulge: a concentric `CompositeSource` of these parts.
+    significances : dict of float
+        Of the single profiles, the sharpest image alone, of the sources where it has data.
     """
     sigma = psf_width(frame, sharpest)
     single = with_channels(frame, sharpest.channels)
@@ -97,11 +100,14 @@ def automatic_scene(
         name: _profile(envelope, flux_of[name], UNSEEN_RADIUS * sigma, np.inf, CENTER_SCATTER * sigma)
         for name, envelope in envelopes.items()
     }
+    significances = {}
     for name, source in single_sources(result.scene).items():
-        significance = _significance(source, sharpest, frame, sigma)
+        significances[name] = significance = _significance(source, sharpest, frame, sigma)
+        if significance < UNSEEN and not len(clumps[name][0]):
+            continue
         source = source.replace(priors=source.priors | _center_prior(envelopes[name].center, CENTER_SCATTER * sigma))
         sources[name] = _family(source, flux_of[name], *clumps[name], significance)
-    return Scene(frame, sources)
+    return Scene(frame, sources), significances
 
 
 def _is_seen(frame: Frame, obs: Observation, center: np.ndarray) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import astropy.units as u
 import numpy as np
@@ -18,7 +18,7 @@ from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.model.source import Source
 from scenefit.sky.frame import Frame, pixel_map
-from scenefit.survey.detect import detect
+from scenefit.survey.detect import THRESHOLD, detect
 from scenefit.survey.envelopes import (
     MAX_ENTRIES,
     RING_SIGMAS,
@@ -32,6 +32,7 @@ from scenefit.survey.envelopes import (
     solve_nonnegative,
 )
 from scenefit.survey.families import automatic_scene
+from scenefit.survey.forced import forced_photometry
 from scenefit.survey.listed import catalog_positions, usable_rows
 
 MODELS = ("auto", "pixel", "gaussian", "point")
@@ -67,7 +68,8 @@ def initialize(
     frame : Frame
     observations : sequence of Observation
     catalog : SkyCoord, array of shape (n, 2), or Table with columns RA and DEC, optional
-        Positions on the sky, (y, x) on the frame, or degrees. Without them, sources are detected (`detect`).
+        Positions on the sky, (y, x) on the frame, or degrees. Without them, sources are detected (`detect`). Of these, those that
+        the models of all leave no light are left out, see Notes; positions that are given stay.
     model : "auto", "pixel", "gaussian" or "point"
         What every source is made of: what the sharpest image asks for (`scenefit.survey.families`: points, disks with clumps,
         disks with bulges); free non-negative pixels; an elliptical Gaussian; a point.
@@ -86,15 +88,44 @@ def initialize(
     ------
     ValueError
         If the catalogue is empty, has NaN positions, or none of its sources lies in the frame.
+
+    Warns
+    -----
+    UserWarning
+        If detected sources were left out.
+
+    Notes
+    -----
+    A peak may be detected in what simple models leave of a galaxy, and have no light of its own once that is modelled better.
+    With `model="auto"`, a detected source is left out if it is below 5 standard errors both in the profiles fitted to the
+    sharpest image and in all images together, where its flux is solved for with those of all others, shapes held.
     """
     observations = [observations] if isinstance(observations, Observation) else list(observations)
     if model not in MODELS:
         raise ValueError(f"model is one of {', '.join(map(repr, MODELS))}; got {model!r}.")
-    if catalog is None:
-        catalog = detect(observations, frame, progress=progress).positions
-        if not len(catalog):
-            warnings.warn("No source was detected: the scene is empty.", stacklevel=2)
-            return Scene(frame, {})
+    if catalog is not None:
+        return _placed(frame, observations, catalog, model, half_size, progress)[0]
+    detected = detect(observations, frame, progress=progress).positions
+    if not len(detected):
+        warnings.warn("No source was detected: the scene is empty.", stacklevel=2)
+        return Scene(frame, {})
+    scene, significances = _placed(frame, observations, detected, model, half_size, progress)
+    lost = _insignificant(scene, observations, significances, progress)
+    if not lost:
+        return scene
+    left = np.delete(detected, [int(name) for name in lost], axis=0)
+    warnings.warn(
+        f"{len(lost)} of {len(detected)} detected sources had no significant light beside the models of the others, and were "
+        "left out. Give positions to keep them (detect finds them).",
+        stacklevel=2,
+    )
+    return _placed(frame, observations, left, model, half_size, progress)[0] if len(left) else Scene(frame, {})
+
+
+def _placed(
+    frame: Frame, observations: Sequence[Observation], catalog, model: str, half_size, progress: bool
+) -> tuple[Scene, dict[str, float]]:
+    """Return sources at positions, and how significant single profiles are in the sharpest image, if those were fitted."""
     positions = catalog_positions(frame, catalog)
     if len(positions) == 0:
         raise ValueError("The catalogue is empty: nothing to fit.")
@@ -120,7 +151,29 @@ def initialize(
     for name, envelope, half, flux in zip(names, envelopes, halves, fluxes, strict=True):
         box = Box.around(tuple(envelope.center), half).intersection(frame.box)
         sources[name] = Source(envelope.center, flux, _morphology(model, envelope, box, model_psf_sigma(frame)))
-    return Scene(frame, sources)
+    return Scene(frame, sources), {}
+
+
+def _insignificant(
+    scene: Scene, observations: Sequence[Observation], significances: Mapping[str, float], progress: bool
+) -> list[str]:
+    """Return which sources are significant neither in the sharpest image nor in all, shapes held."""
+    doubtful = [name for name, value in significances.items() if value < THRESHOLD]
+    if not doubtful:
+        return []
+    with warnings.catch_warnings():
+        # Sources that can't be told apart have infinite errors.
+        warnings.simplefilter("ignore", UserWarning)
+        table = forced_photometry(scene, observations, progress=progress).table
+    flux, error = table["flux"].value, table["flux_err"].value
+    weight = np.where(np.isfinite(error) & (error > 0), 1 / np.square(error), 0.0)
+    lost = []
+    for name in doubtful:
+        own = np.asarray(table["id"]) == name
+        total = np.sum(np.where(weight > 0, flux * weight, 0.0)[own])
+        if total < THRESHOLD * np.sqrt(weight[own].sum()) or not weight[own].any():
+            lost.append(name)
+    return lost
 
 
 def _half_size(frame, half_size):

@@ -16,6 +16,9 @@ from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.model.source import AbstractSource, CompositeSource, Source
 
+FRACTIONS, INNER_FRACTION = (0.5, 0.8, 0.9), 0.2
+"""Of the light, whose radii are measured: those with errors, and one without. Errors come from the image through the model
+PSF, and so far inside they would be a fifth too small."""
 SMOOTHING = 1.0
 """Standard deviation, in pixels, of the Gaussian that an image is smoothed with before its moments are taken: a matched
 weight as narrow as the model PSF would be sampled too coarsely. Taken out again."""
@@ -142,6 +145,11 @@ def _measure_image(image: np.ndarray, start: np.ndarray, psf_sigma: float, keep_
     moments = moments - (psf_sigma**2 + SMOOTHING**2) * np.eye(2)
     squared = growth_radius(image, center, 0.5) ** 2 - blurring(psf_sigma)
     return Shape(center, float(np.sqrt(max(squared, 0.0))), moments)
+
+
+def radius_name(fraction: float) -> str:
+    """Return the name of the radius of a circle that holds a fraction of the light: half_light_radius, or r20 and the like."""
+    return "half_light_radius" if fraction == 0.5 else f"r{100 * fraction:.0f}"
 
 
 def blurring(psf_sigma: float, fraction: float = 0.5) -> float:

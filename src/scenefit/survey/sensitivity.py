@@ -1,6 +1,6 @@
 """How measured shapes change with the free parameters, to first order.
 
-Center, moments and half-light radius of a source are where sums over its image, with certain weights, vanish. An image that
+Center, moments and radii of a source are where sums over its image, with certain weights, vanish. An image that
 changes by dI therefore moves them by the sum of dI times a map, their influence function (Hampel 1974, J. Am. Stat. Assoc. 69,
 383, doi:10.1080/01621459.1974.10482962); dI comes from the derivatives of the model.
 """
@@ -22,17 +22,19 @@ from scenefit.infer.slopes import StampSlopes, slot_of_elements
 from scenefit.model.packing import model_psf_sigma
 from scenefit.model.scene import Scene
 from scenefit.survey.measure import (
+    FRACTIONS,
     MARGIN,
     SMOOTHING,
     Shape,
-    blurring,
+    growth_radius,
     has_own_center,
     source_image,
     weighted_window,
 )
 
-NUM_MEASURES = 6
-"""Numbers that are measured of a shape: center (y, x), moments (yy, xy, xx), square of the half-light radius; in pixels."""
+NUM_MEASURES = 5 + len(FRACTIONS)
+"""Numbers that are measured of a shape: center (y, x), moments (yy, xy, xx), squares of the radii that hold `FRACTIONS` of the
+light; in pixels."""
 NUM_ANGLES = 64
 """Points of a circle that an image is integrated over."""
 
@@ -44,7 +46,7 @@ class _Part(NamedTuple):
         Of the first of the source's measures among all.
     is_centered : bool
         Whether the source is where the component's center says.
-    maps : array, shape (6, h, w)
+    maps : array, shape (measure, h, w)
         Influence functions on the component's stamp.
     stamp : array, shape (plane, h, w)
     weighted_flux, channel_weights : arrays, shape (channel,)
@@ -61,12 +63,12 @@ class _Part(NamedTuple):
     entries: np.ndarray
 
     def along_shape(self, change: np.ndarray) -> np.ndarray:
-        """Return the change of the measures, shape (6,), when the stamp changes, shape (plane, h, w)."""
+        """Return the change of the measures, shape (measure,), when the stamp changes, shape (plane, h, w)."""
         planes = self.weighted_flux if len(change) > 1 else self.weighted_flux.sum(keepdims=True)
         return _products(self.maps, planes, change)
 
     def along_flux(self, entry: int) -> np.ndarray:
-        """Return the change of the measures, shape (6,), with an entry of the spectrum."""
+        """Return the change of the measures, shape (measure,), with an entry of the spectrum."""
         shown = np.where(self.entries == entry, self.channel_weights, 0.0)
         # The shape of a single profile doesn't depend on its flux, as long as it is the same in all channels.
         if self.is_centered and len(self.stamp) == 1:
@@ -111,9 +113,9 @@ def shape_slopes(
 
     Returns
     -------
-    sparse matrix, shape (source * 6, n)
-        For each source center (y, x), moments (yy, xy, xx) and squared half-light radius, in pixels; NaN for the shape of a
-        source without light.
+    sparse matrix, shape (source * NUM_MEASURES, n)
+        For each source center (y, x), moments (yy, xy, xx) and squared radii, in pixels; NaN for the shape of a source without
+        light. Squares of radii are taken to grow as those of the image, model PSF included, do.
     """
     parts = _measured_parts(scene, stamps, shapes, channel_weights, progress)
     index = np.asarray(problem.index)
@@ -174,7 +176,7 @@ def _slopes(problem: Problem, layout: Layout, changes, parts: dict[str, _Part], 
 
 
 def _influence(image: np.ndarray, shape: Shape, origin: np.ndarray, psf_sigma: float, is_centered: bool) -> np.ndarray:
-    """Return the influence functions of the measures on an image's pixels, shape (6, h, w); NaN for an image without light.
+    """Return the influence functions of the measures on an image's pixels, shape (measure, h, w); NaN for one without light.
 
     Parameters
     ----------
@@ -198,22 +200,26 @@ def _influence(image: np.ndarray, shape: Shape, origin: np.ndarray, psf_sigma: f
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
     dy, dx = y - center[0], x - center[1]
     distance = np.hypot(dy, dx)
-    radius = np.sqrt(shape.half_light_radius**2 + blurring(psf_sigma))
-    inside = np.clip(radius - distance + 0.5, 0.0, 1.0)
-    edge, outwards = _light_at(image, center, radius)
-    half = inside - 0.5 + np.tensordot(outwards, of_moments[:2], axes=1)
-    return np.concatenate([of_moments, -2 * radius / edge * half[None]])
+    coefficients = ndimage.spline_filter(image, order=3, mode="mirror")
+    of_radii = []
+    for fraction in FRACTIONS:
+        radius = growth_radius(image, center, fraction)
+        edge, outwards = _light_at(coefficients, center, radius)
+        inside = np.clip(radius - distance + 0.5, 0.0, 1.0)
+        # A free image may be dark there.
+        slope = -2 * radius / edge if edge > 0 else np.nan
+        of_radii.append(slope * (inside - fraction + np.tensordot(outwards, of_moments[:2], axes=1)))
+    return np.concatenate([of_moments, of_radii])
 
 
-def _light_at(image: np.ndarray, center: np.ndarray, radius: float) -> tuple[float, np.ndarray]:
-    """Return the integral of an image over a circle, and over its normal (y, x) there.
+def _light_at(coefficients: np.ndarray, center: np.ndarray, radius: float) -> tuple[float, np.ndarray]:
+    """Return the integral of an image, of which the coefficients of splines are given, over a circle, and over its normal (y, x).
 
     Averaged over a pixel along the radius, as the curve of growth is, but from interpolated values: those on the pixels near
     the circle come and go with the radius, so that the curve of growth has slopes that are off by a tenth here and there.
     """
     angles = 2 * np.pi * (np.arange(NUM_ANGLES) + 0.5) / NUM_ANGLES
     normals = np.stack([np.sin(angles), np.cos(angles)])
-    coefficients = ndimage.spline_filter(image, order=3, mode="mirror")
     # Three nodes of Gauss and Legendre.
     total, outwards = 0.0, np.zeros(2)
     for step, share in zip(np.sqrt(0.15) * np.array([-1.0, 0.0, 1.0]), np.array([5, 8, 5]) / 18, strict=True):

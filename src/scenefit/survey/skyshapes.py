@@ -8,13 +8,13 @@ import numpy as np
 import scipy.sparse
 
 from scenefit.sky.frame import Frame
-from scenefit.survey.measure import Shape
+from scenefit.survey.measure import FRACTIONS, Shape, radius_name
 from scenefit.survey.sensitivity import NUM_MEASURES
 
 UNRESOLVED = 0.03
 """Second moment along the major axis, in model pixels squared, below which a source has no axis ratio or angle."""
-NUM_COLUMNS = 7
-"""Numbers that `sky_shapes` has slopes of."""
+SHAPE_NAMES = (*("y", "x", "ra", "dec"), *map(radius_name, FRACTIONS), *("axis_ratio", "position_angle"))
+"""Columns of a catalogue that `sky_shapes` has slopes of; of radii, the squares."""
 ROUND = 1e-6
 """Relative difference of the moments along the axes below which a source has no direction."""
 
@@ -22,17 +22,18 @@ ROUND = 1e-6
 def sky_shapes(shapes: Sequence[Shape], frame: Frame) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_matrix]:
     """Return axis ratios and position angles [deg] on the sky, and derivatives.
 
-    The derivatives, shape (source * 7, source * 6), are those of y, x, east, north, the square of the radius, axis ratio and
-    position angle along what `shape_slopes` is about.
+    The derivatives, shape (source * column, source * measure), are those of y, x, east, north, the squares of the radii, axis
+    ratio and position angle along what `shape_slopes` is about.
     """
     # d(y, x) / d(east, north); without a WCS the columns stand for x and y.
     inverse = np.linalg.inv(frame.sky_jacobian())
     scale = np.sqrt(abs(np.linalg.det(inverse)))
     frame_area = 1 / scale**2
     ratio, angle = np.full(len(shapes), np.nan), np.full(len(shapes), np.nan)
-    slopes = np.zeros((len(shapes), NUM_COLUMNS, NUM_MEASURES))
-    slopes[:, :2, :2], slopes[:, 2:4, :2], slopes[:, 4, 5] = np.eye(2), inverse, scale**2
-    slopes[:, 5:, 2:5] = np.nan
+    slopes = np.zeros((len(shapes), len(SHAPE_NAMES), NUM_MEASURES))
+    slopes[:, :2, :2], slopes[:, 2:4, :2] = np.eye(2), inverse
+    slopes[:, 4:-2, 5:] = scale**2 * np.eye(len(FRACTIONS))
+    slopes[:, -2:, 2:5] = np.nan
     for n, shape in enumerate(shapes):
         moments = inverse @ shape.moments @ inverse.T
         if not np.isfinite(moments).all():
@@ -43,11 +44,11 @@ def sky_shapes(shapes: Sequence[Shape], frame: Frame) -> tuple[np.ndarray, np.nd
         ratio[n] = np.sqrt(np.clip(values[0] / values[1], 0, 1))
         first, second = vectors[:, 1]
         angle[n] = np.rad2deg(np.arctan2(first, second) if frame.wcs is not None else np.arctan2(second, first)) % 180
-        slopes[n, 5:, 2:5] = _axis_slopes(values, inverse.T @ vectors)
+        slopes[n, -2:, 2:5] = _axis_slopes(values, inverse.T @ vectors)
     # Without the zeros, or the NaN of one quantity would be that of all.
     source, row, column = np.nonzero(slopes)
-    entries = slopes[source, row, column], (source * NUM_COLUMNS + row, source * NUM_MEASURES + column)
-    size = (len(shapes) * NUM_COLUMNS, len(shapes) * NUM_MEASURES)
+    entries = slopes[source, row, column], (source * len(SHAPE_NAMES) + row, source * NUM_MEASURES + column)
+    size = (len(shapes) * len(SHAPE_NAMES), len(shapes) * NUM_MEASURES)
     return ratio, angle, scipy.sparse.csr_matrix(entries, shape=size)
 
 
