@@ -159,21 +159,19 @@ def _insignificant(
 ) -> list[str]:
     """Return which sources are significant neither in the sharpest image nor in all, shapes held."""
     doubtful = [name for name, value in significances.items() if value < THRESHOLD]
-    if not doubtful:
+    # Fluxes of unlike units can't be added.
+    if not doubtful or len({obs.flux_unit for obs in observations}) > 1:
         return []
     with warnings.catch_warnings():
         # Sources that can't be told apart have infinite errors.
         warnings.simplefilter("ignore", UserWarning)
         table = forced_photometry(scene, observations, progress=progress).table
     flux, error = table["flux"].value, table["flux_err"].value
-    weight = np.where(np.isfinite(error) & (error > 0), 1 / np.square(error), 0.0)
-    lost = []
-    for name in doubtful:
-        own = np.asarray(table["id"]) == name
-        total = np.sum(np.where(weight > 0, flux * weight, 0.0)[own])
-        if total < THRESHOLD * np.sqrt(weight[own].sum()) or not weight[own].any():
-            lost.append(name)
-    return lost
+    is_known = np.isfinite(error) & (error > 0)
+    weight = np.where(is_known, 1 / np.square(np.where(is_known, error, 1.0)), 0.0)
+    numerator = np.where(is_known, flux, 0.0) * weight
+    own = {name: np.asarray(table["id"]) == name for name in doubtful}
+    return [name for name, rows in own.items() if numerator[rows].sum() <= THRESHOLD * np.sqrt(weight[rows].sum())]
 
 
 def _half_size(frame, half_size):
