@@ -218,12 +218,13 @@ def run_into_a_bound(rng):
     frame = sf.Frame.from_observations(blank)
     small = sf.Scene(frame, {"galaxy": sf.Source(frame.center, [400.0], sf.ExponentialMorphology(0.3))})
     observations = [with_noise(blank, small, rng)]
-    start = sf.Scene(frame, {"galaxy": sf.Source(frame.center, [400.0], sf.ExponentialMorphology(1.5))})
+    start = sf.Scene(frame, {"galaxy": sf.Source(frame.center, [400.0], sf.SersicMorphology(1.5, 1.0))})
 
-    # The radius is a tenth of the PSF's: it may as well be zero, where its range ends, and then the axis ratio is anything.
+    # The radius is a fifth of the PSF's sigma: it may as well be zero, where its range ends; then index and axis ratio are anything.
     free = sf.Parameters.default(start, observations)
-    # Knowing how large galaxies of this kind are keeps both away from the ends of their ranges.
+    # Knowing what galaxies of this kind look like keeps all away from the ends of their ranges.
     informed = free.prior(RADIUS, dist.LogNormal(np.log(0.4), 0.3)).prior(ELLIPTICITY, dist.Normal(0, 0.3))
+    informed = informed.prior(INDEX, dist.TruncatedNormal(1.0, 0.3, low=0.5, high=6.0))
     found = {}
     for title, parameters in {"flat": free, "informed": informed}.items():
         result = sf.fit(start, observations, parameters)

@@ -1,5 +1,7 @@
 """Errors of all columns of the catalogue with correlated noise: dense linear algebra, quadrature, and draws of the noise."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -224,15 +226,16 @@ def test_slopes_of_sums_of_parts_are_finite_differences_of_the_measurement():
     problem, state, layout = posterior.build(scene, result.observations, parameters)
     weights = np.array([1.0, 0.6])
 
-    def measured(scene):
-        shapes = measure_shapes(scene, weights)
-        known = as_result(scene, observations, parameters)
-        outer = light_radii(known, shapes, weights, FRACTIONS[1:], scene.stamps())
+    def shapes_of(scene):
         rows = [
-            [*each.center, *each.moments[[0, 0, 1], [0, 1, 1]], *np.square([each.half_light_radius, *own])]
-            for each, own in zip(shapes, outer, strict=True)
+            [*each.center, *each.moments[[0, 0, 1], [0, 1, 1]], each.half_light_radius**2]
+            for each in measure_shapes(scene, weights)
         ]
-        return np.array(rows).ravel()
+        return np.array(rows)
+
+    def radii_of(scene):
+        moved = dataclasses.replace(result, scene=scene)
+        return light_radii(moved, measure_shapes(scene, weights), weights, FRACTIONS[1:], scene.stamps()) ** 2
 
     changes, shapes = stamp_slopes(problem, state), measure_shapes(scene, weights)
     found = shape_slopes(problem, layout, changes, scene, scene.stamps(), shapes, weights).toarray()
@@ -243,22 +246,22 @@ def test_slopes_of_sums_of_parts_are_finite_differences_of_the_measurement():
         # All slopes are along coordinates that change shapes by about as much as pixels, logarithms and ellipticities do.
         unit = vector[coordinate] if coordinate in flux else 1.0
 
-        def slopes_of(step, coordinate=coordinate, unit=unit):
+        def slopes_of(measured, step, coordinate=coordinate, unit=unit):
             ends = []
             for sign in (1, -1):
                 moved = vector.copy()
                 moved[coordinate] += sign * step * unit
                 at = posterior.State(jax.numpy.asarray(moved), state.images)
                 ends.append(measured(posterior.unpack(problem, at, layout, scene, result.observations)[0]))
-            return ((ends[0] - ends[1]) / (2 * step)).reshape(-1, NUM_MEASURES)
+            return (ends[0] - ends[1]) / (2 * step)
 
         slopes = unit * found[:, coordinate].reshape(-1, NUM_MEASURES)
         # Second order, and moments that are iterated to 1e-5 of some ten pixels squared.
-        np.testing.assert_allclose(slopes[:, :5], slopes_of(0.03)[:, :5], rtol=5e-3, atol=1e-2)
+        np.testing.assert_allclose(slopes[:, :5], slopes_of(shapes_of, 0.03)[:, :5], rtol=5e-3, atol=1e-2)
         # The curve of growth from pixels goes in waves of a tenth of a pixel squared; the second order of long steps is 3 %.
-        np.testing.assert_allclose(slopes[:, 5], slopes_of(0.2)[:, 5], rtol=0.05, atol=0.3)
+        np.testing.assert_allclose(slopes[:, 5], slopes_of(shapes_of, 0.2)[:, 5], rtol=0.05, atol=0.3)
         # Radii of profiles, of which the PSF is taken out.
-        np.testing.assert_allclose(slopes[:, 6:], slopes_of(0.03)[:, 6:], rtol=0.05, atol=0.3)
+        np.testing.assert_allclose(slopes[:, 6:], slopes_of(radii_of, 0.03), rtol=0.05, atol=0.3)
         checked |= set(np.nonzero(np.abs(slopes).max(axis=1))[0])
     assert checked == {0, 1, 2}
     assert found.shape == (3 * NUM_MEASURES, len(vector))
