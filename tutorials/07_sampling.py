@@ -220,7 +220,7 @@ def run_into_a_bound(rng):
     observations = [with_noise(blank, small, rng)]
     start = sf.Scene(frame, {"galaxy": sf.Source(frame.center, [400.0], sf.SersicMorphology(1.5, 1.0))})
 
-    # The radius is a fifth of the PSF's sigma: it may as well be zero, where its range ends. Index and axis ratio are anything then.
+    # The radius is a fifth of the PSF's sigma: it may as well be zero, where its range ends, and index and axis ratio anything.
     free = sf.Parameters.default(start, observations)
     # Knowing what galaxies of this kind look like keeps all away from the ends of their ranges.
     informed = free.prior(RADIUS, dist.LogNormal(np.log(0.4), 0.3)).prior(ELLIPTICITY, dist.Normal(0, 0.3))
