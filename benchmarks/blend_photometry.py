@@ -1,15 +1,16 @@
 """Photometry of simulated blends, from files to a catalogue, against the truth and against the photometric limit.
 
-    python blend_photometry.py FOLDER_OR_FILES ... [--detect] [--model auto|pixel|starlet] [--prior-width WIDTH] [--list] [--json]
+    python blend_photometry.py FOLDER_OR_FILES ... [--detect] [--model auto|pixel] [--prior-width WIDTH] [--list] [--json]
     python blend_photometry.py --fields 20 --simulator make_blend.py [--first-seed 100] [--json]
 
 Without files and simulator it says so and measures nothing.
 
 Every file holds images of a space and a ground camera as `sf.read_observations` takes them, the positions of the sources
-(CATALOG), their magnitudes (TRUTH) and the image of each alone without noise (SRC_HST, SRC_HSC). All is done as `scenefit fit`
+(CATALOG), their magnitudes (TRUTH), the offset of the ground camera (OFF_E, OFF_N) and the image of each source alone without
+noise (SRC_HST, SRC_HSC). All is done as `scenefit fit`
 does it: noise measured where it is correlated, families chosen, offset of the ground camera fitted. With `--detect` the positions
 are not given; completeness and purity of the catalogue are then those of `detection.py`, after the fit has moved its sources.
-`--model` takes free images for all sources, and `--prior-width` replaces the standard deviation of the prior of free pixels, in
+`--model` takes free pixels for all sources, and `--prior-width` replaces the standard deviation of the prior of free pixels, in
 units of their envelope.
 
 The limit is a linear fit of fluxes with the true images of all sources: the error that is left if every shape is known. The
@@ -63,16 +64,6 @@ def limit(hdus, truth) -> tuple[np.ndarray, np.ndarray]:
     return errors, (own * others).sum(axis=(1, 2)) / (own**2).sum(axis=(1, 2))
 
 
-def of_starlets(scene: sf.Scene) -> sf.Scene:
-    """Return a scene of free pixels with starlets instead, about the same envelopes."""
-    sources = {}
-    for name, source in scene.sources.items():
-        old = source.morphology
-        new = sf.StarletMorphology.from_image(old.image, anchor=old.anchor, envelope=old.envelope)
-        sources[name] = sf.Source(source.center, source.spectrum, new)
-    return sf.Scene(scene.frame, sources)
-
-
 def measure(path: pathlib.Path, detect: bool, model: str = "auto", width: float = ENVELOPE_SCATTER) -> dict:
     """Fit one field and compare with the truth; NaN for sources that weren't found."""
     with fits.open(path) as hdus:
@@ -86,10 +77,7 @@ def measure(path: pathlib.Path, detect: bool, model: str = "auto", width: float 
     observations = [sf.CorrelatedObservation.if_correlated(o, progress=False) for o in sf.read_observations(path)]
     frame = sf.Frame.from_observations(observations)
     positions = None if detect else sf.read_catalog(Table.read(path, hdu="CATALOG"))[0]
-    scene = sf.initialize(
-        frame, observations, positions, model="pixel" if model == "starlet" else model, progress=False
-    )
-    scene = of_starlets(scene) if model == "starlet" else scene
+    scene = sf.initialize(frame, observations, positions, model=model, progress=False)
     parameters = sf.Parameters.default(scene, observations).free("observations.HSC.astrometry.shift")
     if width != ENVELOPE_SCATTER:
         parameters = with_prior_width(parameters, scene, width)
@@ -125,9 +113,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_blends(parser)
     parser.add_argument("--detect", action="store_true", help="find the sources, instead of taking their positions")
-    parser.add_argument(
-        "--model", choices=("auto", "pixel", "starlet"), default="auto", help="what sources are made of"
-    )
+    parser.add_argument("--model", choices=("auto", "pixel"), default="auto", help="what sources are made of")
     parser.add_argument(
         "--prior-width", type=float, default=ENVELOPE_SCATTER, help="of free pixels, with --model pixel"
     )

@@ -194,7 +194,7 @@ def _measure(result: FitResult, model_error: bool, progress: bool) -> _Measured:
     _add_channels(table, frame.channels, flux, np.hypot(error, of_model), measures, is_calibrated)
     length = u.pix if frame.wcs is None else u.arcsec
     radii, squared_errors = scale * radii, dict(zip(SHAPE_NAMES, errors.T, strict=True))
-    for fraction, radius in zip(FRACTIONS, radii.T, strict=False):
+    for fraction, radius in zip(FRACTIONS, radii[:, :-1].T, strict=True):
         name = radius_name(fraction)
         table[name], table[f"{name}_err"] = radius * length, _radius_error(radius, squared_errors[name]) * length
     table[radius_name(INNER_FRACTION)] = radii[:, -1] * length

@@ -18,7 +18,7 @@ from scenefit.model.source import AbstractSource, CompositeSource, Source
 
 FRACTIONS, INNER_FRACTION = (0.5, 0.8, 0.9), 0.2
 """Of the light, whose radii are measured: those with errors, and one without. Errors come from the image through the model
-PSF, and so far inside they would be a fifth too small."""
+PSF, which doesn't tell that of a radius so far inside."""
 SMOOTHING = 1.0
 """Standard deviation, in pixels, of the Gaussian that an image is smoothed with before its moments are taken: a matched
 weight as narrow as the model PSF would be sampled too coarsely. Taken out again."""

@@ -13,7 +13,7 @@ from scenefit.survey.sensitivity import NUM_MEASURES
 
 UNRESOLVED = 0.03
 """Second moment along the major axis, in model pixels squared, below which a source has no axis ratio or angle."""
-SHAPE_NAMES = (*("y", "x", "ra", "dec"), *map(radius_name, FRACTIONS), *("axis_ratio", "position_angle"))
+SHAPE_NAMES = ("y", "x", "ra", "dec", *map(radius_name, FRACTIONS), "axis_ratio", "position_angle")
 """Columns of a catalogue that `sky_shapes` has slopes of; of radii, the squares."""
 ROUND = 1e-6
 """Relative difference of the moments along the axes below which a source has no direction."""
